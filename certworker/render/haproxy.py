@@ -1,0 +1,272 @@
+"""A snapshot as HAProxy syntax, for HAProxy 2.6 and later.
+
+Values stand in single quotes, in which HAProxy expands nothing, and patterns come after `--`, so
+that none of them is read as a flag. Names are made from ids only.
+
+Sources: HAProxy 2.6 configuration manual §2.2 (quoting), §4.2, §5.1 (crt-list), §7 (ACLs); RFC 8555
+§8.3 (HTTP-01).
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from certworker.core.snapshot import HealthCheck, Listener, Match, PathMatch, Pool, Responder, Route, Snapshot, Target
+from certworker.render.files import RenderedFile, RenderedFiles, check_folder
+
+CONFIG = "haproxy.cfg"
+CHALLENGE_PATH = "/.well-known/acme-challenge/"
+ALL_POLICIES = "all"
+"""The crt-list of https listeners without a policy of their own."""
+
+_CHALLENGE_PATTERN = r"^/\.well-known/acme-challenge/[A-Za-z0-9_-]{22,128}$"
+"""A token has at least 128 bits, in base64url (RFC 8555 §8.3)."""
+_RESPONDER = "acme_responder"
+_NO_ROUTE = "no_route"
+
+# A node that is told to reload must not keep old workers for days because of one websocket.
+_HARD_STOP = "30m"
+
+
+@dataclass(frozen=True, slots=True)
+class HaproxyOptions:
+    """What the machine decides, not the gateway's tables."""
+
+    folder: str
+    """Absolute; holds `run/` with the sockets, `lists/` with the crt-lists and `certs/`."""
+    number: int
+    """The version's number: the running proxy shows it, which proves what it runs."""
+    ipv6: bool = True
+    user: str | None = None
+    group: str | None = None
+    max_connections: int | None = None
+    """None: HAProxy computes it from the limit on open files."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CrtLine:
+    """One line of a crt-list: a certificate and the SNI names that it answers, no others."""
+
+    file: str
+    dns_names: tuple[str, ...]
+
+
+def quote(value: str) -> str:
+    """Return `value` as one HAProxy word in which nothing is expanded."""
+    return "'" + value.replace("'", "'\\''") + "'"
+
+
+def list_path(folder: str, policy_id: str | None) -> str:
+    """Return where the crt-list of one policy, or of all of them, lies."""
+    return f"{folder}/lists/{policy_id or ALL_POLICIES}.list"
+
+
+def render_crt_list(lines: Iterable[CrtLine]) -> bytes:
+    """Print a crt-list. HAProxy has no quoting here: names and paths were checked before."""
+    return "".join(f"{line.file} {' '.join(line.dns_names)}\n" for line in sorted(lines)).encode("ascii")
+
+
+def render_haproxy(snapshot: Snapshot, options: HaproxyOptions) -> RenderedFiles:
+    """Print the configuration of one version. The crt-lists that it names are not part of it."""
+    check_folder(options.folder)
+    text = "\n".join(_config(snapshot, options)) + "\n"
+    return RenderedFiles({CONFIG: RenderedFile(text.encode("ascii"))})
+
+
+def _config(snapshot: Snapshot, options: HaproxyOptions) -> Iterator[str]:
+    yield from _global(options)
+    yield from _defaults()
+    if any(_is_name(target.host) for target in _addresses(snapshot)):
+        yield from ("", "resolvers system", "    parse-resolv-conf")
+    for listener in snapshot.listeners:
+        yield ""
+        yield from _tcp_frontend(listener, options) if listener.passes_bytes else _http_frontend(listener, options)
+    yield from ("", *_responder_backend(snapshot.responders))
+    yield from ("", f"backend {_NO_ROUTE}")
+    yield "    http-request return status 404 content-type 'text/plain' string 'no route'"
+    yield from _backends(snapshot)
+
+
+def _global(options: HaproxyOptions) -> Iterator[str]:
+    yield "global"
+    yield f"    description 'cfgver={options.number}'"
+    yield f"    stats socket {options.folder}/run/admin.sock mode 600 level admin expose-fd listeners"
+    yield f"    hard-stop-after {_HARD_STOP}"
+    yield "    ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets"
+    yield "    tune.ssl.default-dh-param 2048"
+    for keyword, value in (("user", options.user), ("group", options.group)):
+        if value is not None:
+            yield f"    {keyword} {quote(value)}"
+    if options.max_connections is not None:
+        yield f"    maxconn {options.max_connections}"
+
+
+def _defaults() -> Iterator[str]:
+    yield ""
+    yield "defaults"
+    yield "    mode http"
+    # An upstream that died between two checks costs a retry, not a failed request.
+    yield "    option redispatch 1"
+    yield "    retries 2"
+    # Measured: without it, a reload cuts off keep-alive clients in the middle of a request.
+    yield "    option idle-close-on-response"
+    yield "    option dontlognull"
+    yield "    timeout connect 2s"
+    yield "    timeout client 60s"
+    yield "    timeout server 60s"
+    yield "    timeout http-request 10s"
+    yield "    timeout http-keep-alive 10s"
+    yield "    timeout queue 10s"
+    yield "    timeout client-fin 10s"
+    yield "    timeout tunnel 1h"
+
+
+def _bind(listener: Listener, options: HaproxyOptions) -> str:
+    address = f":::{listener.port} v4v6" if options.ipv6 else f"0.0.0.0:{listener.port}"
+    if listener.protocol == "http":
+        return f"    bind {address}"
+    # strict-sni: an unknown name gets an alert, never another tenant's certificate. It also lets
+    # the listener start before the first certificate has been issued.
+    crt_list = list_path(options.folder, listener.tls_policy_id)
+    return f"    bind {address} ssl crt-list {crt_list} strict-sni alpn h2,http/1.1"
+
+
+def _tcp_frontend(listener: Listener, options: HaproxyOptions) -> Iterator[str]:
+    yield f"frontend L_{listener.id}"
+    yield "    mode tcp"
+    yield "    no option idle-close-on-response"
+    yield _bind(listener, options)
+    yield "    timeout client 1h"
+    for route in listener.routes:
+        yield f"    default_backend {_backend(route)}"
+
+
+def _http_frontend(listener: Listener, options: HaproxyOptions) -> Iterator[str]:
+    yield f"frontend L_{listener.id}"
+    yield _bind(listener, options)
+    yield from _challenge_route()
+    # Set, not appended: what a client claims about itself is not passed on.
+    yield "    http-request set-header X-Forwarded-For %[src]"
+    yield f"    http-request set-header X-Forwarded-Proto {listener.protocol}"
+    yield "    http-request set-var(txn.host) 'req.hdr(host),host_only,lower,rtrim(.)'"
+    yield "    http-request set-var(txn.path) path,url_dec"
+    yield "    acl is_ws req.hdr(upgrade) -m str -i -- websocket"
+    yield f"    use_backend {_RESPONDER} if acme_path"
+    for number, route in enumerate(listener.routes, start=1):
+        yield from _route(f"r{number}", route)
+    yield f"    default_backend {_NO_ROUTE}"
+
+
+def _challenge_route() -> Iterator[str]:
+    """Stop what only looks like HTTP-01, so that the rest can go to the responders (RFC 8555 §8.3).
+
+    HAProxy runs every http-request rule before any use_backend; of these the challenge's is first.
+    """
+    yield f"    acl acme_path path -m beg -- {quote(CHALLENGE_PATH)}"
+    yield f"    acl acme_token path -m reg -- {quote(_CHALLENGE_PATTERN)}"
+    yield "    http-request deny deny_status 405 if acme_path !{ method GET HEAD }"
+    yield (
+        "    http-request return status 404 content-type 'text/plain' string 'no such challenge'"
+        " if acme_path !acme_token"
+    )
+
+
+def _route(name: str, route: Route) -> Iterator[str]:
+    conditions = ["is_ws"] if route.type == "ws" else []
+    for suffix, patterns in _patterns(route.match).items():
+        yield from (f"    acl {name}_{suffix} var(txn.{suffix}) {pattern}" for pattern in patterns)
+        conditions.append(f"{name}_{suffix}")
+    yield f"    use_backend {_backend(route)}" + (f" if {' '.join(conditions)}" if conditions else "")
+
+
+def _patterns(match: Match) -> Mapping[str, list[str]]:
+    """Return, for each part of a request that has to match, the patterns of which one must."""
+    patterns = {}
+    if match.host is not None:
+        patterns["host"] = [_host_pattern(match.host)]
+    if match.path is not None:
+        patterns["path"] = _path_patterns(match.path)
+    return patterns
+
+
+def _host_pattern(host: str) -> str:
+    if host.startswith("*."):
+        return f"-m reg -- {quote(f'^[^.]+{re.escape(host[1:])}$')}"
+    return f"-m str -- {quote(host)}"
+
+
+def _path_patterns(path: PathMatch) -> list[str]:
+    if path.exact is not None:
+        return [f"-m str -- {quote(path.exact)}"]
+    if path.prefix is not None:
+        if path.prefix.endswith("/"):
+            return [f"-m beg -- {quote(path.prefix)}"]
+        return [f"-m str -- {quote(path.prefix)}", f"-m beg -- {quote(path.prefix + '/')}"]
+    return [f"-m reg -- {quote(f'^(?:{path.regex})$')}"]
+
+
+def _backend(route: Route) -> str:
+    return f"P_{route.pool_id}_tcp" if route.type == "port" else f"P_{route.pool_id}"
+
+
+def _backends(snapshot: Snapshot) -> Iterator[str]:
+    """Print the pools that a route leads to, once for HTTP and once for whole connections."""
+    used = {_backend(route) for listener in snapshot.listeners for route in listener.routes}
+    for pool in snapshot.pools:
+        for name, is_tcp in ((f"P_{pool.id}", False), (f"P_{pool.id}_tcp", True)):
+            if name in used:
+                yield ""
+                yield from _pool(name, pool, is_tcp)
+
+
+def _pool(name: str, pool: Pool, is_tcp: bool) -> Iterator[str]:
+    yield f"backend {name}"
+    if is_tcp:
+        yield "    mode tcp"
+        yield "    timeout server 1h"
+    yield f"    balance {'leastconn' if pool.policy == 'least_conn' else 'roundrobin'}"
+    if pool.check is not None:
+        yield from _health_check(pool.check)
+    for target in pool.targets:
+        weight = 1 if pool.policy == "round_robin" else target.weight
+        yield _server(f"t_{target.id}", target, f" weight {weight}" + (" check" if pool.check else ""))
+
+
+def _health_check(check: HealthCheck) -> Iterator[str]:
+    # Both limits: without `timeout check`, HAProxy gives the connect of a check the whole interval.
+    yield f"    timeout connect {_ms(check.timeout)}"
+    yield f"    timeout check {_ms(check.timeout)}"
+    yield f"    default-server inter {_ms(check.interval)} fall 2 rise 1"
+
+
+def _responder_backend(responders: Iterable[Responder]) -> Iterator[str]:
+    yield f"backend {_RESPONDER}"
+    yield "    balance roundrobin"
+    yield "    timeout server 10s"
+    yield "    timeout check 2s"
+    yield "    default-server inter 2s fall 2 rise 1"
+    for number, responder in enumerate(responders, start=1):
+        yield _server(f"r{number}", responder, " check")
+
+
+def _server(name: str, target: Target | Responder, settings: str) -> str:
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    # A name is looked up while running: one that does not resolve must not stop the whole proxy.
+    lookup = " resolvers system init-addr none" if _is_name(target.host) else ""
+    return f"    server {name} {host}:{target.port}{settings}{lookup}"
+
+
+def _addresses(snapshot: Snapshot) -> Iterator[Target | Responder]:
+    yield from snapshot.responders
+    for pool in snapshot.pools:
+        yield from pool.targets
+
+
+def _is_name(host: str) -> bool:
+    """Say whether a checked host is a name; no name ends in a number."""
+    return ":" not in host and not host.rpartition(".")[2].isdigit()
+
+
+def _ms(duration: timedelta) -> str:
+    return f"{duration // timedelta(milliseconds=1)}ms"
