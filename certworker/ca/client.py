@@ -1,0 +1,267 @@
+"""Asks one CA: one call is one look or one act (RFC 8555 §7).
+
+Nothing waits, polls or decides here. Every call returns what the CA said, or raises a CaError that
+`problems.classify` turns into what to do next. Any number of threads may share a client.
+"""
+
+import json
+from base64 import urlsafe_b64encode
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from threading import Lock
+from typing import Any
+
+from certworker.ca import jws, messages
+from certworker.ca.headers import read_nonce
+from certworker.ca.keys import AccountKey
+from certworker.ca.messages import Directory
+from certworker.ca.problems import read_problem
+from certworker.ca.transport import ANSWER_LIMIT, Http, Response
+from certworker.core.order import Authorization, Challenge, Order
+from certworker.errors import AnswerFault, ProblemReported, ProfileNotOffered, TermsNotAgreed
+
+Clock = Callable[[], datetime]
+
+_NONCE_TRIES = 10
+"""With half of all nonces refused, one request in a thousand still fails."""
+_NONCES_KEPT = 64
+"""More than there are requests at once; old nonces are the first that a CA forgets."""
+_DIRECTORY_LIFETIME = timedelta(hours=1)
+_CHAIN_LIMIT = 256 * 1024
+_JOSE = {"Content-Type": "application/jose+json"}
+_MOVED = (404, 405)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """An account at a CA: where it is, and the key that proves it is ours (RFC 8555 §7.1.2)."""
+
+    url: str
+    key: AccountKey
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalAccount:
+    """What a CA gave to a customer so that an account can be bound to theirs (RFC 8555 §7.3.4)."""
+
+    kid: str
+    hmac_key: str = field(repr=False)
+    """Base64url."""
+
+
+class Client:
+    """Speaks with the CA at `directory_url` over `transport`."""
+
+    def __init__(self, directory_url: str, transport: Http, now: Clock) -> None:
+        self._directory_url = directory_url
+        self._http = transport
+        self._now = now
+        self._nonces: deque[str] = deque(maxlen=_NONCES_KEPT)
+        self._directory: tuple[Directory, datetime] | None = None
+        self._directory_lock = Lock()
+
+    # -- the CA itself ---------------------------------------------------------------------------------
+
+    def directory(self) -> Directory:
+        """Return what the CA offers; asked for once an hour (RFC 8555 §7.1.1)."""
+        with self._directory_lock:
+            now = self._now()
+            if self._directory is None or now >= self._directory[1]:
+                response = self._expect("reading the directory", self._http.request("GET", self._directory_url))
+                self._directory = messages.read_directory(response), now + _DIRECTORY_LIFETIME
+            return self._directory[0]
+
+    # -- accounts --------------------------------------------------------------------------------------
+
+    def find_account(self, key: AccountKey) -> Account | None:
+        """Return the account that this key has, None if it has none (RFC 8555 §7.3.1)."""
+        try:
+            response = self._create("finding the account", "new_account", {"onlyReturnExisting": True}, key)
+        except ProblemReported as error:
+            if error.problem.code == "accountDoesNotExist":
+                return None
+            raise
+        return Account(messages.read_location(response), key)
+
+    def new_account(
+        self, key: AccountKey, contacts: Sequence[str], terms_agreed: bool, eab: ExternalAccount | None
+    ) -> Account:
+        """Return the account of this key, making it if there is none (RFC 8555 §7.3).
+
+        `contacts` are URLs such as mailto:ops@example.com. Raises TermsNotAgreed, without asking the
+        CA, if it has terms and nobody has agreed to them.
+        """
+        directory = self.directory()
+        if directory.terms_of_service and not terms_agreed:
+            raise TermsNotAgreed(directory.terms_of_service)
+        payload: dict[str, Any] = {"termsOfServiceAgreed": terms_agreed, "contact": list(contacts)}
+        if eab is not None:
+            binding = jws.bind_external(key, url=directory.new_account, kid=eab.kid, hmac_key=eab.hmac_key)
+            payload["externalAccountBinding"] = binding
+        response = self._create("making an account", "new_account", payload, key)
+        return Account(messages.read_location(response), key)
+
+    def update_contacts(self, account: Account, contacts: Sequence[str]) -> None:
+        """Replace the account's contact URLs (RFC 8555 §7.3.2)."""
+        self._post("changing the account's contacts", account, account.url, {"contact": list(contacts)})
+
+    def deactivate_account(self, account: Account) -> None:
+        """Give up the account for good (RFC 8555 §7.3.6)."""
+        self._post("deactivating the account", account, account.url, {"status": "deactivated"})
+
+    # -- orders ----------------------------------------------------------------------------------------
+
+    def new_order(
+        self, account: Account, dns_names: Collection[str], profile: str | None = None, replaces: str | None = None
+    ) -> Order:
+        """Order a certificate for these A-labels (RFC 8555 §7.4).
+
+        Raises ProfileNotOffered, without asking the CA, for a profile that its directory does not
+        list. `replaces` is the identifier of the certificate that this one renews (RFC 9773 §5).
+        """
+        offered = self.directory().profiles
+        if profile is not None and profile not in offered:
+            raise ProfileNotOffered(profile, offered)
+        identifiers = [{"type": "dns", "value": name} for name in sorted(set(dns_names))]
+        payload = {"identifiers": identifiers, "profile": profile, "replaces": replaces}
+        given = {name: value for name, value in payload.items() if value is not None}
+        response = self._create("ordering a certificate", "new_order", given, account)
+        return messages.read_order(response, self._now())
+
+    def fetch_order(self, account: Account, url: str) -> Order:
+        """Return where the order stands."""
+        return messages.read_order(self._look("reading the order", account, url), self._now(), url)
+
+    def fetch_authorization(self, account: Account, url: str) -> Authorization:
+        """Return where the authorization stands, and its challenges."""
+        return messages.read_authorization(self._look("reading the authorization", account, url), self._now(), url)
+
+    def answer_challenge(self, account: Account, url: str) -> Challenge:
+        """Tell the CA that it may look now (RFC 8555 §7.5.1)."""
+        return messages.read_challenge(self._post("answering the challenge", account, url, {}))
+
+    def finalize(self, account: Account, finalize_url: str, csr_der: bytes, order_url: str) -> Order:
+        """Ask for the certificate; the order is at `order_url`, which the answer may not repeat."""
+        response = self._post("finalizing the order", account, finalize_url, {"csr": _base64url(csr_der)})
+        return messages.read_order(response, self._now(), order_url)
+
+    def fetch_chain(self, account: Account, url: str) -> str:
+        """Return the certificate and its chain as the CA sent them, in PEM (RFC 8555 §7.4.2)."""
+        accept = {"Accept": "application/pem-certificate-chain"}
+        return messages.read_chain(self._look("downloading the certificate", account, url, accept, _CHAIN_LIMIT))
+
+    def deactivate_authorization(self, account: Account, url: str) -> None:
+        """Give up an authorization, and with it every order that needs it (RFC 8555 §7.5.2)."""
+        self._post("deactivating the authorization", account, url, {"status": "deactivated"})
+
+    def revoke(self, account: Account, certificate_der: bytes, reason: int | None = None) -> None:
+        """Revoke a certificate of this account's; one that is revoked already is fine (RFC 8555 §7.6).
+
+        `reason` is a number of RFC 5280 §5.3.1, for example 1 for a key that has leaked.
+        """
+        payload: dict[str, Any] = {"certificate": _base64url(certificate_der)}
+        if reason is not None:
+            payload["reason"] = reason
+        try:
+            self._create("revoking the certificate", "revoke_cert", payload, account)
+        except ProblemReported as error:
+            if error.problem.code != "alreadyRevoked":
+                raise
+
+    # -- requests --------------------------------------------------------------------------------------
+
+    def _create(self, doing: str, resource: str, payload: Mapping[str, Any], signer: Account | AccountKey) -> Response:
+        """Post to an address of the directory's; if it has moved, once more to where it is now."""
+        url: str = getattr(self.directory(), resource)
+        try:
+            return self._post(doing, signer, url, payload)
+        except ProblemReported as error:
+            if error.problem.status not in _MOVED:
+                raise
+            moved: str = getattr(self._refresh_directory(), resource)
+            if moved == url:
+                raise
+            return self._post(doing, signer, moved, payload)
+
+    def _refresh_directory(self) -> Directory:
+        with self._directory_lock:
+            self._directory = None
+        return self.directory()
+
+    def _look(
+        self,
+        doing: str,
+        account: Account,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        max_bytes: int = ANSWER_LIMIT,
+    ) -> Response:
+        """POST-as-GET (RFC 8555 §6.3): changes nothing, so it may be sent twice."""
+        return self._send(doing, account, url, b"", {**_JOSE, **(headers or {})}, max_bytes, repeatable=True)
+
+    def _post(self, doing: str, signer: Account | AccountKey, url: str, payload: Mapping[str, Any]) -> Response:
+        body = json.dumps(payload, separators=(",", ":")).encode()
+        return self._send(doing, signer, url, body, _JOSE, ANSWER_LIMIT, repeatable=False)
+
+    def _send(
+        self,
+        doing: str,
+        signer: Account | AccountKey,
+        url: str,
+        payload: bytes,
+        headers: Mapping[str, str],
+        max_bytes: int,
+        *,
+        repeatable: bool,
+    ) -> Response:
+        """Sign and post until the CA takes the nonce; a refusal brings the next one along (RFC 8555 §6.5)."""
+        key, kid = (signer.key, signer.url) if isinstance(signer, Account) else (signer, None)
+        nonce = self._take_nonce()
+        for tries_left in range(_NONCE_TRIES - 1, -1, -1):
+            body = jws.sign(key, payload, url=url, nonce=nonce, kid=kid)
+            response = self._http.request("POST", url, body, headers, max_bytes=max_bytes, repeatable=repeatable)
+            fresh = read_nonce(response.headers)
+            try:
+                answer = self._expect(doing, response)
+            except ProblemReported as error:
+                if error.problem.code == "badNonce" and tries_left:
+                    nonce = fresh or self._fetch_nonce()
+                    continue
+                self._keep_nonce(fresh)
+                raise
+            self._keep_nonce(fresh)
+            return answer
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _expect(self, doing: str, response: Response) -> Response:
+        """Return a good answer, or raise what the CA said instead."""
+        if response.status >= 400:
+            raise ProblemReported(doing, read_problem(response, self._now()))
+        if not 200 <= response.status < 300:
+            target = response.headers.get("location", "nowhere")[:200]
+            raise AnswerFault(response.url, f"it redirects to {target!a}; check ACME_DIRECTORY_URL")
+        return response
+
+    def _take_nonce(self) -> str:
+        try:
+            return self._nonces.pop()
+        except IndexError:
+            return self._fetch_nonce()
+
+    def _keep_nonce(self, nonce: str | None) -> None:
+        if nonce is not None:
+            self._nonces.append(nonce)
+
+    def _fetch_nonce(self) -> str:
+        """Ask for a nonce (RFC 8555 §7.2)."""
+        url = self.directory().new_nonce
+        nonce = read_nonce(self._expect("asking for a nonce", self._http.request("HEAD", url)).headers)
+        if nonce is None:
+            raise AnswerFault(url, "its Replay-Nonce is missing or not base64url; check proxies in between")
+        return nonce
+
+
+def _base64url(data: bytes) -> str:
+    return urlsafe_b64encode(data).rstrip(b"=").decode()

@@ -1,0 +1,171 @@
+"""Every exception of certworker.
+
+    CertworkerError                 exit code 1
+    ├── UsageError                  exit code 2: wrong use, wrong settings, bad input
+    │   ├── SettingsError           a setting is missing or wrong
+    │   ├── InputError              a value a person or a row gave is wrong: names field, value and rule
+    │   │   └── NameRefused         a DNS name that cannot be ordered
+    │   └── UnknownName             no policy wants this name
+    ├── DatabaseHeld                exit code 3: the embedded database is held by another process
+    ├── StoreError                  the database cannot be used as it is
+    │   ├── SchemaError             its schema does not fit this release
+    │   └── SealError               a sealed value cannot be opened, or the key-encryption key is missing
+    ├── LeaseLost                   another worker owns this issuance now: stop, send nothing more
+    ├── NodeError                   a proxy refused a configuration, or cannot be run
+    └── CaError                     a CA could not be asked, or said no
+        ├── ProfileNotOffered       the profile asked for is not in the CA's directory: nothing was sent
+        ├── TermsNotAgreed          the CA's terms have to be agreed to first: nothing was sent
+        ├── TransportFault          no answer came: DNS, connect, TLS, time limit, reset, proxy
+        ├── AnswerFault             an answer came that RFC 8555 does not allow
+        │   └── ChainRefused        a certificate chain that must not be stored
+        └── ProblemReported         the CA answered with a problem document (RFC 7807)
+
+A message is one lower-case line: what we were doing, to which thing, what was said, and what to
+check when an operator can help.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import timedelta
+
+
+class CertworkerError(Exception):
+    """Something certworker was asked to do failed; the message is for a person."""
+
+    exit_code = 1
+
+
+class UsageError(CertworkerError):
+    """The caller has to change something before this can work."""
+
+    exit_code = 2
+
+
+class SettingsError(UsageError):
+    """One or more settings are missing or wrong; the message names them all."""
+
+
+class InputError(UsageError):
+    """A given value breaks a rule; the message names the field, the value and the rule."""
+
+
+class NameRefused(InputError):
+    """A DNS name that no certificate can be ordered for."""
+
+    def __init__(self, value: str, rule: str) -> None:
+        super().__init__(f"name {value!r}: {rule}")
+        self.value = value
+        self.rule = rule
+
+
+class UnknownName(UsageError):
+    """No policy wants the name that was given."""
+
+
+class DatabaseHeld(CertworkerError):
+    """The embedded database has a worker already; the message says which process."""
+
+    exit_code = 3
+
+
+class StoreError(CertworkerError):
+    """The database cannot be used as it is."""
+
+
+class SchemaError(StoreError):
+    """The database's schema does not fit this release of certworker."""
+
+
+class SealError(StoreError):
+    """A sealed value cannot be opened, or the key-encryption key is missing or wrong."""
+
+
+class LeaseLost(CertworkerError):
+    """Another worker owns this issuance now."""
+
+
+class NodeError(CertworkerError):
+    """A proxy refused a configuration, or cannot be run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A problem document (RFC 7807, RFC 8555 §6.7), cleaned of control characters and cut to size."""
+
+    type: str
+    """The URN, for example `urn:ietf:params:acme:error:rateLimited`; `about:blank` if none was given."""
+    detail: str
+    status: int | None = None
+    """HTTP status of the answer, or of the document when it was inside another answer."""
+    retry_after: timedelta | None = None
+    """From the answer's Retry-After header, never negative."""
+    instance: str | None = None
+    """An https URL for a person, for example where to agree to new terms (RFC 8555 §7.3.3)."""
+    terms_of_service: str | None = None
+    """The https URL of the terms themselves, from the answer's Link header (RFC 8555 §7.3.3)."""
+    identifier: str | None = None
+    """The identifier's value that a subproblem speaks of."""
+    subproblems: tuple["Problem", ...] = ()
+
+    @property
+    def code(self) -> str:
+        """The last word of an ACME error URN, else ""."""
+        prefix = "urn:ietf:params:acme:error:"
+        return self.type.removeprefix(prefix) if self.type.startswith(prefix) else ""
+
+
+class CaError(CertworkerError):
+    """The CA could not be asked, or said no."""
+
+
+class ProfileNotOffered(CaError):
+    """The CA's directory does not list the profile that was asked for; nothing was sent."""
+
+    def __init__(self, profile: str, offered: Collection[str]) -> None:
+        names = ", ".join(sorted(offered)) or "none"
+        super().__init__(f"the CA does not offer profile {profile!r}, check ACME_PROFILE; it offers: {names}")
+        self.profile = profile
+        self.offered = frozenset(offered)
+
+
+class TermsNotAgreed(CaError):
+    """An account needs consent to the CA's terms, which a person has to give; nothing was sent."""
+
+    def __init__(self, terms_of_service: str) -> None:
+        super().__init__(f"the CA wants its terms agreed to: read {terms_of_service} and set ACME_TOS_AGREED=true")
+        self.terms_of_service = terms_of_service
+
+
+class TransportFault(CaError):
+    """No usable answer came back from `url`.
+
+    `kind` is one of dns, connect, tls, timeout, reset, proxy.
+    """
+
+    def __init__(self, kind: str, url: str, detail: str) -> None:
+        super().__init__(f"cannot reach {url}: {detail}")
+        self.kind = kind
+        self.url = url
+        self.detail = detail
+
+
+class AnswerFault(CaError):
+    """The CA's answer breaks RFC 8555, so it cannot be used."""
+
+    def __init__(self, url: str, detail: str) -> None:
+        super().__init__(f"unusable answer from {url}: {detail}")
+        self.url = url
+        self.detail = detail
+
+
+class ChainRefused(CaError):
+    """The CA's certificate chain failed a check and is not stored."""
+
+
+class ProblemReported(CaError):
+    """The CA answered with an error status; `problem` is its problem document, or stands in for it."""
+
+    def __init__(self, doing: str, problem: Problem) -> None:
+        super().__init__(f"{doing}: the CA said {problem.type}: {problem.detail}")
+        self.doing = doing
+        self.problem = problem
