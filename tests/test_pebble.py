@@ -1,12 +1,8 @@
 """The test CA that the demo and the other tests lean on."""
 
-import json
 import socket
-import ssl
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import dns.message
 import dns.query
@@ -19,15 +15,9 @@ from certworker.errors import UsageError
 pytestmark = pytest.mark.pebble
 
 
-def fetch_directory(ca: Pebble) -> dict[str, Any]:
-    trust = ssl.create_default_context(cafile=str(ca.ca_bundle))
-    with urllib.request.urlopen(ca.directory_url, context=trust, timeout=5) as answer:
-        return dict(json.load(answer))
-
-
 def test_directory_offers_what_we_use(pebble: Pebble) -> None:
     """Renewal information and profiles: an older Pebble has neither."""
-    directory = fetch_directory(pebble)
+    directory = pebble.directory()
 
     assert "renewalInfo" in directory
     assert directory["meta"]["profiles"] == {"default": "90 days"}
@@ -56,7 +46,7 @@ def test_restart_is_another_ca_at_the_same_address(pebble: Pebble) -> None:
 
     pebble.restart()
 
-    assert fetch_directory(pebble)
+    assert pebble.directory()
     assert pebble.root_pem() != before
     assert pebble.intermediate_pem() != pebble.root_pem()
 

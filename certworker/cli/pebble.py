@@ -139,6 +139,10 @@ class Pebble:
         """Count the requests so far by method and route, such as ("POST", "/order-plz")."""
         return Counter(_REQUEST.findall(self._log()))
 
+    def directory(self) -> dict[str, Any]:
+        """Return the directory (RFC 8555 §7.1.1)."""
+        return dict(json.loads(_ask(self._acme_port, "/dir", trust=self._trust)))
+
     def root_pem(self, index: int = 0) -> str:
         """Return a root that issued certificates lead to; a restart makes new ones."""
         return self.management(f"/roots/{index}").decode()
@@ -210,7 +214,7 @@ class Pebble:
     def _start_pebble(self) -> None:
         command = [find_binary("pebble"), "-config", str(self._config), "-dnsserver", self.dns_address]
         self._start("pebble", [*command, "-strict"] if self.strict else command, self.log_path)
-        self._await("pebble", lambda: self.root_pem() and _ask(self._acme_port, "/dir", trust=self._trust))
+        self._await("pebble", lambda: self.root_pem() and self.directory())
 
     def _start_challtestsrv(self, log: Path) -> None:
         command = [find_binary("pebble-challtestsrv"), "-dnsserver", self.dns_address]
