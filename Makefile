@@ -1,0 +1,39 @@
+# What a person does with a checkout. `tools/setup` installs what a target needs and is instant after that.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo setup check test lock clean
+
+BIN := .venv/bin
+# Where the tests find Pebble; HAProxy is in /usr/sbin, which is not on everybody's PATH.
+TEST_PATH := $(CURDIR)/.tools/bin:$(PATH):/usr/sbin
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-header --no-emit-index-url pyproject.toml
+
+help: ## show this
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: ## the main job on Pebble and HAProxy on this machine; KEEP=1 leaves it running
+	@tools/setup demo
+	@$(BIN)/certworker demo $(if $(filter 1,$(KEEP)),--keep)
+
+setup: ## install everything that the demo, the checks and the tests need
+	@tools/setup test
+
+check: setup ## style, types, import rules, and what can be checked without running a proxy or a CA
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	PATH="$(TEST_PATH)" $(BIN)/pytest -m check
+
+test: setup ## every test, on real PostgreSQL, Pebble and HAProxy; ARGS="-k name" for some
+	PATH="$(TEST_PATH)" $(BIN)/pytest -n 2 $(ARGS)
+
+lock: setup ## make both lock files anew, for the newest versions that pyproject.toml allows
+	$(COMPILE) --upgrade --group build --output-file requirements.lock
+	$(COMPILE) --upgrade --group dev --output-file requirements-dev.lock
+	@! grep -n '://' requirements.lock requirements-dev.lock
+
+clean: ## remove what the other targets made
+	rm -rf .venv .tools .certworker build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
