@@ -1,0 +1,557 @@
+"""An ACME server in memory that stands behind `ca.transport.Http`: what the CA can do, without a network.
+
+It keeps to RFC 8555 as Pebble does (finalize answers `processing`, unknown challenge types, one nonce
+one use) and is deterministic: nothing happens between two requests. Everything a test may want to read
+or change is public; `fail_next` scripts what goes wrong.
+
+    ca = FakeCa(lambda: NOW, validate=lambda token, dns_name: answers.get(token))
+    client = Client(ca.directory_url, ca.http, ca.now)
+    ca.fail_next("POST", "/finalize/*", raises=TransportFault("reset", "", ""), after=True)
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from threading import RLock
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from certworker.ca.transport import ANSWER_LIMIT, Http, Response
+from certworker.errors import AnswerFault
+
+from . import fake_jws
+from .fake_issuer import base64url, issue, make_hierarchy, renewal_id, to_pem
+
+ORIGIN = "https://ca.test"
+URN = "urn:ietf:params:acme:error:"
+
+
+@dataclass(slots=True)
+class FakeAccount:
+    url: str
+    jwk: Mapping[str, str]
+    contact: Sequence[str]
+    status: str = "valid"
+
+
+@dataclass(slots=True)
+class FakeAuthorization:
+    url: str
+    account: FakeAccount
+    dns_name: str
+    token: str
+    expires_at: datetime
+    status: str = "pending"
+    challenge_status: str = "pending"
+    error: Mapping[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class FakeOrder:
+    url: str
+    account: FakeAccount
+    dns_names: Sequence[str]
+    authorizations: Sequence[FakeAuthorization]
+    expires_at: datetime
+    profile: str | None = None
+    replaces: str | None = None
+    status: str = "pending"
+    error: Mapping[str, Any] | None = None
+    looks_left: int = 0
+    """How often a look still says `processing`."""
+    chain_pem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """One line of the ledger: a certificate that exists, whether or not anybody fetched it."""
+
+    serial: int
+    order_url: str
+    dns_names: frozenset[str]
+    certificate: x509.Certificate
+    chain_pem: str
+    profile: str | None
+    replaces: str | None
+
+    @property
+    def renewal_id(self) -> str:
+        """RFC 9773 §4.1."""
+        return renewal_id(self.certificate)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One request, as far as it was understood."""
+
+    method: str
+    path: str
+    payload: Any = None
+    """The signed JSON; "" for a POST-as-GET, None where nothing was signed."""
+    account_url: str | None = None
+
+
+@dataclass(slots=True)
+class _Fault:
+    method: str
+    path: str
+    answer: Callable[[str], Response]
+    after: bool
+    skip: int
+    times: int
+
+
+class _Refused(Exception):
+    """The request gets a problem document."""
+
+    def __init__(self, status: int, code: str, detail: str, **more: Any) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.document = {"type": URN + code, "detail": detail, "status": status, **more}
+
+
+def unreachable(token: str, dns_name: str) -> str | None:
+    """Be a name behind whose port 80 nobody listens."""
+    return None
+
+
+@dataclass(kw_only=True, eq=False)
+class _Knobs:
+    validate: Callable[[str, str], str | None] = unreachable
+    """Says what the responder answered for this token and name; None if it could not be reached."""
+    validate_on: Literal["answer", "look"] = "answer"
+    """Whether the CA looks while the challenge is being answered, or at the next look at the authorization or order."""
+    processing_looks: int = 1
+    """How many answers, that to finalize included, say `processing` before `valid`; 0 is a CA that issues at once."""
+    retry_after: str | None = None
+    """The Retry-After of pending and processing answers."""
+    reuse_authorizations: bool = False
+    profiles: Mapping[str, timedelta] = field(default_factory=dict)
+    """Name to lifetime."""
+    lifetime: timedelta = timedelta(days=90)
+    terms: str | None = None
+    eab_keys: Mapping[str, bytes] = field(default_factory=dict)
+    """Any makes a binding compulsory."""
+    refused_names: frozenset[str] = frozenset()
+    """Names that newOrder rejects, each with a subproblem."""
+    renewal_windows: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)
+    """Windows for certificates by their renewal id; without one it is the last third of the lifetime."""
+
+
+class FakeCa(_Knobs):
+    """The server; its settings (`_Knobs`) may be changed at any time. Any number of threads may ask it."""
+
+    def __init__(self, now: Callable[[], datetime], **knobs: Any) -> None:
+        super().__init__(**knobs)
+        self.now = now
+        self.directory_url = f"{ORIGIN}/directory"
+        self.issued: list[Issued] = []
+        self.revoked: set[int] = set()
+        self.requests: list[Seen] = []
+        self._faults: list[_Fault] = []
+        self._lock = RLock()
+        self._count = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything but the ledger and the log, and make a new root: what restarting Pebble does."""
+        self.accounts: dict[str, FakeAccount] = {}
+        self.orders: dict[str, FakeOrder] = {}
+        self.authorizations: dict[str, FakeAuthorization] = {}
+        self.nonces: set[str] = set()
+        self.root, self.intermediate = make_hierarchy(self.now())
+
+    @property
+    def http(self) -> Http:
+        """What a `Client` is handed in place of a `Transport`."""
+        return self
+
+    def count(self, method: str, path: str) -> int:
+        """Return how many requests have come for this path, which may hold wildcards."""
+        return sum(seen.method == method and fnmatchcase(seen.path, path) for seen in self.requests)
+
+    def fail_next(
+        self,
+        method: str,
+        path: str,
+        *,
+        problem: str | Mapping[str, Any] | None = None,
+        status: int = 400,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        raises: Exception | None = None,
+        after: bool = False,
+        skip: int = 0,
+        times: int = 1,
+    ) -> None:
+        """Make the next `times` requests for `path` (wildcards allowed) fail, after letting `skip` pass.
+
+        The answer is a problem document (an error code, or the whole of it), `body`, or the exception
+        `raises`. With `after` the CA does what it was asked before its answer is lost.
+        """
+        document = {"type": URN + problem, "detail": "scripted"} if isinstance(problem, str) else problem
+        kind = "application/problem+json" if body is None else "text/html"
+
+        def answer(url: str) -> Response:
+            if raises is not None:
+                raise raises
+            content = json.dumps(document or {}).encode() if body is None else body
+            common = {"content-type": kind, "replay-nonce": self._nonce()}
+            return Response(url, status, {**common, **(headers or {})}, content)
+
+        self._faults.append(_Fault(method, path, answer, after, skip, times))
+
+    # -- Http ------------------------------------------------------------------------------------------
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        max_bytes: int = ANSWER_LIMIT,
+        repeatable: bool = False,
+    ) -> Response:
+        """Answer one request; see `ca.transport.Http`."""
+        with self._lock:
+            path = urlsplit(url).path
+            fault = self._find_fault(method, path)
+            if fault and not fault.after:
+                self.requests.append(Seen(method, path))
+                return fault.answer(url)
+            response = self._serve(method, url, path, body, headers or {})
+            if fault:
+                return fault.answer(url)
+            if len(response.body) > max_bytes:
+                raise AnswerFault(url, "it is larger than allowed")
+            return response
+
+    def _find_fault(self, method: str, path: str) -> _Fault | None:
+        for fault in self._faults:
+            if fault.method == method and fnmatchcase(path, fault.path) and fault.times:
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                return fault
+        return None
+
+    def _serve(self, method: str, url: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Response:
+        common = {"date": f"{self.now().astimezone(UTC):%a, %d %b %Y %H:%M:%S} GMT", "replay-nonce": self._nonce()}
+        try:
+            status, more, content = self._route(method, url, path, body, headers)
+        except _Refused as refused:
+            status, more = refused.status, {"content-type": "application/problem+json"}
+            content = json.dumps(refused.document)
+        return Response(url, status, {"content-type": "application/json", **common, **more}, content.encode())
+
+    def _route(
+        self, method: str, url: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[int, dict[str, str], str]:
+        room = path.split("/")[1]
+        if method != "POST":
+            self.requests.append(Seen(method, path))
+            match room:
+                case "directory":
+                    return 200, {}, json.dumps(self._directory())
+                case "new-nonce":
+                    return 200 if method == "HEAD" else 204, {}, ""
+                case "renewal-info":
+                    return self._renewal_info(path.removeprefix("/renewal-info/"))
+            raise _Refused(405, "malformed", "method not allowed")
+        if headers.get("Content-Type") != "application/jose+json" or body is None:
+            raise _Refused(415, "malformed", "content type must be application/jose+json")
+        signed = fake_jws.parse(body)
+        payload = json.loads(signed.payload) if signed.payload else ""
+        self.requests.append(Seen(method, path, payload, signed.header.get("kid")))
+        if room == "new-account":
+            return self._new_account(self._verify(signed, url, signed.header.get("jwk")), payload)
+        account = self._authenticate(signed, url)
+        routes: dict[str, Callable[[FakeAccount, str, Any], tuple[int, dict[str, str], str]]] = {
+            "account": self._account,
+            "new-order": self._new_order,
+            "order": self._order,
+            "authorization": self._authorization,
+            "challenge": self._challenge,
+            "finalize": self._finalize,
+            "certificate": self._certificate,
+            "revoke": self._revoke,
+        }
+        if room not in routes:
+            raise _Refused(404, "malformed", "no such resource")
+        return routes[room](account, url, payload)
+
+    # -- requests and accounts -------------------------------------------------------------------------
+
+    def _nonce(self) -> str:
+        nonce = self._name("nonce")
+        self.nonces.add(nonce)
+        return nonce
+
+    def _name(self, kind: str) -> str:
+        self._count += 1
+        return base64url(sha256(f"{kind} {self._count}".encode()).digest())
+
+    def _verify(self, signed: fake_jws.Jws, url: str, jwk: Mapping[str, str] | None) -> Mapping[str, str]:
+        if ("jwk" in signed.header) == ("kid" in signed.header) or jwk is None:
+            raise _Refused(400, "malformed", "exactly one of jwk and kid must be there")
+        if signed.header.get("url") != url:
+            raise _Refused(401, "unauthorized", "the signed url is another one")
+        if not fake_jws.is_signed(signed, jwk):
+            raise _Refused(400, "malformed", "the signature does not verify")
+        if signed.header.get("nonce") not in self.nonces:
+            raise _Refused(400, "badNonce", "the nonce was used or never given out")
+        self.nonces.remove(signed.header["nonce"])
+        return jwk
+
+    def _authenticate(self, signed: fake_jws.Jws, url: str) -> FakeAccount:
+        account = self.accounts.get(signed.header.get("kid", ""))
+        if account is None:
+            raise _Refused(400, "accountDoesNotExist", "unable to find account")
+        self._verify(signed, url, account.jwk)
+        if account.status != "valid":
+            raise _Refused(403, "unauthorized", "account has been deactivated")
+        return account
+
+    def _new_account(self, jwk: Mapping[str, str], payload: Any) -> tuple[int, dict[str, str], str]:
+        existing = next((a for a in self.accounts.values() if a.jwk == jwk), None)
+        if existing is not None:
+            if existing.status != "valid":
+                raise _Refused(403, "unauthorized", "account has been deactivated")
+            return 200, {"location": existing.url}, self._show_account(existing)
+        if payload.get("onlyReturnExisting"):
+            raise _Refused(400, "accountDoesNotExist", "no account for this key")
+        if self.terms and not payload.get("termsOfServiceAgreed"):
+            raise _Refused(403, "userActionRequired", "the terms must be agreed to")
+        if self.eab_keys:
+            self._check_binding(payload.get("externalAccountBinding"), jwk)
+        account = FakeAccount(f"{ORIGIN}/account/{len(self.accounts) + 1}", jwk, payload.get("contact", []))
+        self.accounts[account.url] = account
+        return 201, {"location": account.url}, self._show_account(account)
+
+    def _check_binding(self, binding: Any, jwk: Mapping[str, str]) -> None:
+        if binding is None:
+            raise _Refused(403, "externalAccountRequired", "a binding is compulsory")
+        signed = fake_jws.parse(binding)
+        key = self.eab_keys.get(signed.header.get("kid", ""))
+        bound = json.loads(signed.payload) == jwk and signed.header.get("url") == f"{ORIGIN}/new-account"
+        if key is None or not bound or not fake_jws.is_maced(signed, key):
+            raise _Refused(403, "unauthorized", "the binding does not verify")
+
+    def _account(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        if url != account.url:
+            raise _Refused(403, "unauthorized", "not your account")
+        if payload:
+            account.contact = payload.get("contact", account.contact)
+            account.status = payload.get("status", account.status)
+        return 200, {}, self._show_account(account)
+
+    # -- orders ----------------------------------------------------------------------------------------
+
+    def _new_order(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        names = [identifier["value"] for identifier in payload["identifiers"]]
+        refused = [n for n in names if n in self.refused_names]
+        if refused:
+            parts = [_Refused(400, "rejectedIdentifier", "policy forbids it").document for _ in refused]
+            named = [{**p, "identifier": {"type": "dns", "value": n}} for p, n in zip(parts, refused, strict=True)]
+            raise _Refused(400, "rejectedIdentifier", "some names are refused", subproblems=named)
+        profile, replaces = payload.get("profile"), payload.get("replaces")
+        if profile is not None and profile not in self.profiles:
+            raise _Refused(400, "invalidProfile", "no such profile")
+        if replaces is not None and any(line.replaces == replaces for line in self.issued):
+            raise _Refused(409, "alreadyReplaced", "the certificate was replaced already")
+        expires_at = self.now() + timedelta(days=7)
+        authorizations = [self._authorize(account, name, expires_at) for name in names]
+        order = FakeOrder(
+            f"{ORIGIN}/order/{self._name('order')[:12]}", account, names, authorizations, expires_at, profile, replaces
+        )
+        self.orders[order.url] = order
+        return 201, {"location": order.url}, self._show_order(order)
+
+    def _authorize(self, account: FakeAccount, name: str, expires_at: datetime) -> FakeAuthorization:
+        if self.reuse_authorizations:
+            for known in self.authorizations.values():
+                if known.account is account and known.dns_name == name and known.status == "valid":
+                    return known
+        url = f"{ORIGIN}/authorization/{self._name('authorization')[:12]}"
+        self.authorizations[url] = FakeAuthorization(url, account, name, self._name("token"), expires_at)
+        return self.authorizations[url]
+
+    def _order(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        order = self._find(self.orders, url, account)
+        for authorization in order.authorizations:
+            self._look(authorization)
+        text = self._show_order(order)
+        return 200, self._wait(order.status in ("pending", "processing")), text
+
+    def _authorization(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        authorization = self._find(self.authorizations, url, account)
+        if payload == {"status": "deactivated"}:
+            authorization.status = "deactivated"
+        self._look(authorization)
+        return 200, self._wait(authorization.status == "pending"), self._show_authorization(authorization)
+
+    def _challenge(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        authorization = self._find(self.authorizations, url.replace("/challenge/", "/authorization/"), account)
+        if payload != {}:
+            raise _Refused(400, "malformed", "the answer to a challenge is {}")
+        if authorization.challenge_status != "pending" or authorization.status != "pending":
+            raise _Refused(400, "malformed", "the challenge is not pending")
+        authorization.challenge_status = "processing"
+        if self.validate_on == "answer":
+            self._look(authorization)
+        return 200, {}, json.dumps(self._challenge_object(authorization))
+
+    def _look(self, authorization: FakeAuthorization) -> None:
+        """Do what was announced by answering the challenge (RFC 8555 §8.3)."""
+        if authorization.challenge_status != "processing":
+            return
+        answer = self.validate(authorization.token, authorization.dns_name)
+        expected = f"{authorization.token}.{fake_jws.thumbprint(authorization.account.jwk)}"
+        if answer == expected:
+            authorization.status = authorization.challenge_status = "valid"
+            return
+        authorization.status = authorization.challenge_status = "invalid"
+        code, detail = ("connection", "could not connect") if answer is None else ("unauthorized", "wrong content")
+        authorization.error = {"type": URN + code, "detail": detail, "status": 403}
+
+    def _finalize(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        order = self._find(self.orders, url.replace("/finalize/", "/order/"), account)
+        self._show_order(order)
+        if order.status != "ready":
+            raise _Refused(403, "orderNotReady", f"the order is {order.status}")
+        csr = x509.load_der_x509_csr(fake_jws.decode(payload["csr"]))
+        names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        if not csr.is_signature_valid or set(names.get_values_for_type(x509.DNSName)) != set(order.dns_names):
+            raise _Refused(400, "badCSR", "the request is for other names, or its signature is wrong")
+        self._issue(order, csr)
+        order.status, order.looks_left = "processing", self.processing_looks
+        text = self._show_order(order)
+        return 200, self._wait(order.status == "processing"), text
+
+    def _issue(self, order: FakeOrder, csr: x509.CertificateSigningRequest) -> None:
+        lifetime = self.profiles.get(order.profile or "", self.lifetime)
+        leaf = issue(self.intermediate, csr, self.now(), lifetime)
+        order.chain_pem = to_pem(leaf, self.intermediate.certificate)
+        names = frozenset(order.dns_names)
+        self.issued.append(
+            Issued(leaf.serial_number, order.url, names, leaf, order.chain_pem, order.profile, order.replaces)
+        )
+
+    def _certificate(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        order = self._find(self.orders, url.replace("/certificate/", "/order/"), account)
+        if order.status != "valid":
+            raise _Refused(404, "malformed", "no such certificate")
+        return 200, {"content-type": "application/pem-certificate-chain"}, order.chain_pem
+
+    def _revoke(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        serial = x509.load_der_x509_certificate(fake_jws.decode(payload["certificate"])).serial_number
+        if all(line.serial != serial for line in self.issued):
+            raise _Refused(404, "malformed", "no such certificate")
+        if serial in self.revoked:
+            raise _Refused(400, "alreadyRevoked", "it was revoked already")
+        self.revoked.add(serial)
+        return 200, {}, ""
+
+    def _renewal_info(self, name: str) -> tuple[int, dict[str, str], str]:
+        line = next((line for line in self.issued if line.renewal_id == name), None)
+        if line is None:
+            raise _Refused(404, "malformed", "no such certificate")
+        ends_at = line.certificate.not_valid_after_utc
+        window = (ends_at - (ends_at - line.certificate.not_valid_before_utc) / 3, ends_at)
+        start, end = self.renewal_windows.get(name, window)
+        return (
+            200,
+            {"retry-after": "21600"},
+            json.dumps({"suggestedWindow": {"start": _time(start), "end": _time(end)}}),
+        )
+
+    # -- what is shown ---------------------------------------------------------------------------------
+
+    def _find(self, things: Mapping[str, Any], url: str, account: FakeAccount) -> Any:
+        thing = things.get(url)
+        if thing is None or thing.account is not account:
+            raise _Refused(404, "malformed", "no such resource")
+        return thing
+
+    def _wait(self, waiting: bool) -> dict[str, str]:
+        return {"retry-after": self.retry_after} if waiting and self.retry_after else {}
+
+    def _directory(self) -> dict[str, Any]:
+        meta: dict[str, Any] = {"profiles": {name: str(life) for name, life in self.profiles.items()}}
+        if self.terms:
+            meta["termsOfService"] = self.terms
+        if self.eab_keys:
+            meta["externalAccountRequired"] = True
+        paths = {
+            "newNonce": "new-nonce",
+            "newAccount": "new-account",
+            "newOrder": "new-order",
+            "revokeCert": "revoke",
+            "keyChange": "key-change",
+            "renewalInfo": "renewal-info",
+        }
+        return {"meta": meta, **{name: f"{ORIGIN}/{path}" for name, path in paths.items()}}
+
+    def _show_account(self, account: FakeAccount) -> str:
+        return json.dumps(
+            {"status": account.status, "contact": list(account.contact), "orders": f"{account.url}/orders"}
+        )
+
+    def _show_order(self, order: FakeOrder) -> str:
+        """Move the order to where its parts have brought it, and show it (RFC 8555 §7.1.6)."""
+        statuses = {authorization.status for authorization in order.authorizations}
+        if order.status == "pending" and statuses <= {"valid"}:
+            order.status = "ready"
+        elif order.status in ("pending", "ready") and statuses & {"invalid", "deactivated", "expired", "revoked"}:
+            order.status = "invalid"
+        elif order.status == "processing":
+            order.status, order.looks_left = "processing" if order.looks_left else "valid", order.looks_left - 1
+        shown: dict[str, Any] = {
+            "status": order.status,
+            "expires": _time(order.expires_at),
+            "identifiers": [{"type": "dns", "value": name} for name in order.dns_names],
+            "authorizations": [authorization.url for authorization in order.authorizations],
+            "finalize": order.url.replace("/order/", "/finalize/"),
+        }
+        if order.status == "valid":
+            shown["certificate"] = order.url.replace("/order/", "/certificate/")
+        more = {"profile": order.profile, "replaces": order.replaces, "error": order.error}
+        return json.dumps({**shown, **{name: value for name, value in more.items() if value is not None}})
+
+    def _show_authorization(self, authorization: FakeAuthorization) -> str:
+        wildcard = authorization.dns_name.startswith("*.")
+        # In this order, and without a token, is how Pebble lists a type that we do not know.
+        unknown = {"type": "dns-persist-01", "url": f"{authorization.url}/other", "status": "pending"}
+        shown = {
+            "status": authorization.status,
+            "expires": _time(authorization.expires_at),
+            "identifier": {"type": "dns", "value": authorization.dns_name.removeprefix("*.")},
+            "challenges": [unknown] if wildcard else [unknown, self._challenge_object(authorization)],
+        }
+        return json.dumps({**shown, "wildcard": True} if wildcard else shown)
+
+    def _challenge_object(self, authorization: FakeAuthorization) -> dict[str, Any]:
+        shown = {
+            "type": "http-01",
+            "url": authorization.url.replace("/authorization/", "/challenge/"),
+            "token": authorization.token,
+            "status": authorization.challenge_status,
+        }
+        return {**shown, "error": authorization.error} if authorization.error else shown
+
+
+def spki(certificate: x509.Certificate) -> bytes:
+    """Return the public key of a certificate, to compare it with another."""
+    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _time(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
