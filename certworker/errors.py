@@ -12,6 +12,12 @@
     │   └── SealError               a sealed value cannot be opened, or the key-encryption key is missing
     ├── LeaseLost                   another worker owns this issuance now: stop, send nothing more
     ├── NodeError                   a proxy refused a configuration, or cannot be run
+    │   ├── FolderHeld              another agent works in this node's folder
+    │   ├── PairRefused             a certificate and its key that must not reach a proxy
+    │   ├── CheckRefused            the proxy's own check says no, before anything changed
+    │   ├── ReloadRefused           the proxy did not take a configuration over
+    │   ├── CommandRefused          a running proxy answered a command with something else than success
+    │   └── VersionRefused          a config version is not served; the one before it is
     └── CaError                     a CA could not be asked, or said no
         ├── ProfileNotOffered       the profile asked for is not in the CA's directory: nothing was sent
         ├── TermsNotAgreed          the CA's terms have to be agreed to first: nothing was sent
@@ -86,6 +92,34 @@ class LeaseLost(CertworkerError):
 
 class NodeError(CertworkerError):
     """A proxy refused a configuration, or cannot be run."""
+
+
+class FolderHeld(NodeError):
+    """Another agent works in this node's folder."""
+
+
+class PairRefused(NodeError):
+    """A certificate and its key do not fit together, or not their names."""
+
+
+class CheckRefused(NodeError):
+    """The proxy's own check refused a configuration; `files` are the certificate files it named."""
+
+    def __init__(self, message: str, files: frozenset[str] = frozenset()) -> None:
+        super().__init__(message)
+        self.files = files
+
+
+class ReloadRefused(NodeError):
+    """The proxy did not take a configuration over; what it served before, it still serves."""
+
+
+class CommandRefused(NodeError):
+    """A running proxy did not do what it was told over its socket."""
+
+
+class VersionRefused(NodeError):
+    """A config version cannot be served here; the one before it is served instead."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,140 @@
+"""One version onto one proxy: validate, apply, verify, and back again if anything is wrong.
+
+write the version's folder -> the proxy's own check -> preflight of new ports -> swap the symlink
+-> start or reload -> verify; from the swap on, every refusal leads back to the version before.
+"""
+
+import errno
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from certworker.core.rollout import assign_names
+from certworker.core.snapshot import Snapshot
+from certworker.errors import NodeError, VersionRefused
+from certworker.node.control import PublishedVersion
+from certworker.node.folder import Folder
+from certworker.node.probe import Expectation
+from certworker.node.state import Held, Lists
+from certworker.render.files import RenderedFiles
+from certworker.render.haproxy import CrtLine
+
+
+class Proxy(Protocol):
+    """What an agent needs of a proxy, whichever it is."""
+
+    def describe(self) -> str: ...
+    def render(self, snapshot: Snapshot, number: int) -> RenderedFiles: ...
+    def write_lists(self, lists: Lists) -> None: ...
+    def check(self, version: Path) -> tuple[str, ...]: ...
+    def running(self) -> bool: ...
+    def start(self) -> None: ...
+    def reload(self) -> None: ...
+    def stop(self) -> None: ...
+    def served_number(self) -> int | None: ...
+    def serves(self, lists: Lists) -> bool: ...
+    def swap(self, before: Lists, after: Lists) -> None: ...
+    def tidy(self) -> None: ...
+
+
+def plan_lists(version: PublishedVersion | None, held: Held) -> Lists:
+    """Return which certificate answers which names, for each kind of https listener of `version`."""
+    if version is None:
+        return {}
+    policies = {row.tls_policy_id for row in version.snapshot.listeners if row.protocol == "https"}
+    return {policy_id: _lines(held, policy_id) for policy_id in policies}
+
+
+def _lines(held: Held, policy_id: str | None) -> frozenset[CrtLine]:
+    assigned = assign_names(held.values(), policy_id)
+    return frozenset(CrtLine(held[certificate_id].file, names) for certificate_id, names in assigned.items())
+
+
+def expect(version: PublishedVersion | None, held: Held, only: Iterable[str]) -> list[Expectation]:
+    """Return what the listeners of `version` have to show of the certificates in `only`."""
+    if version is None:
+        return []
+    expected = []
+    for listener in (row for row in version.snapshot.listeners if row.protocol == "https"):
+        assigned = assign_names(held.values(), listener.tls_policy_id)
+        for certificate_id in sorted(assigned.keys() & set(only)):
+            fingerprint = held[certificate_id].fingerprint
+            names = assigned[certificate_id]
+            expected += [Expectation(certificate_id, listener.port, name, fingerprint) for name in names]
+    return expected
+
+
+def stage_version(folder: Folder, proxy: Proxy, version: PublishedVersion) -> Path:
+    """Write the folder of `version`, which nothing refers to yet, and return it."""
+    return folder.write_version(version.number, proxy.render(version.snapshot, version.number))
+
+
+def switch_version(
+    folder: Folder,
+    proxy: Proxy,
+    new: PublishedVersion,
+    old: PublishedVersion | None,
+    verify: Callable[[], None],
+) -> None:
+    """Make `proxy` serve the staged and checked `new`, or raise `VersionRefused` with `old` served."""
+    running = proxy.running()
+    try:
+        preflight(_ports(new) - (_ports(old) if running else set()))
+    except NodeError as refused:
+        raise VersionRefused(f"version {new.number} is not applied: {refused}") from refused
+    try:
+        _switch(folder, proxy, new)
+        verify()
+    except NodeError as refused:
+        raise VersionRefused(f"version {new.number} is not served: {refused}; {_back(folder, proxy, old)}") from refused
+
+
+def _switch(folder: Folder, proxy: Proxy, version: PublishedVersion) -> None:
+    folder.point_at(version.number)
+    if proxy.running():
+        proxy.reload()
+    else:
+        proxy.start()
+    if (number := proxy.served_number()) != version.number:
+        raise NodeError(f"the proxy runs version {number}")
+
+
+def _back(folder: Folder, proxy: Proxy, old: PublishedVersion | None) -> str:
+    """Return to the version before, and say how that went."""
+    if old is None:
+        proxy.stop()
+        folder.point_at(None)
+        return "no version is served"
+    try:
+        _switch(folder, proxy, old)
+    except NodeError as refused:
+        return f"nor could version {old.number} be restored: {refused}"
+    return f"version {old.number} is served"
+
+
+def _ports(version: PublishedVersion | None) -> set[int]:
+    return set() if version is None else {listener.port for listener in version.snapshot.listeners}
+
+
+def preflight(ports: Iterable[int]) -> None:
+    """Raise `NodeError` for a port that cannot be listened on; no proxy's own check looks at that."""
+    for port in sorted(ports):
+        for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104
+            _try_to_bind(family, address, port)
+
+
+def _try_to_bind(family: socket.AddressFamily, address: str, port: int) -> None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            trial.bind((address, port))
+    except PermissionError:
+        raise NodeError(f"port {port}: not allowed, give the proxy CAP_NET_BIND_SERVICE") from None
+    except OSError as failed:
+        if failed.errno == errno.EADDRINUSE:
+            raise NodeError(f"port {port}: another process listens on it, stop that one or choose a port") from None
+        if family == socket.AF_INET:  # a machine without IPv6 is no reason to refuse a port
+            raise NodeError(f"port {port}: {failed}") from None

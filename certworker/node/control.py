@@ -1,0 +1,34 @@
+"""The node's side of the control plane: where versions and certificates come from, where heartbeats go.
+
+`wiring` builds a `Source` on the database for an embedded node and one over HTTP for a gateway
+machine; the agent cannot tell them apart.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat
+from certworker.core.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedVersion:
+    """The config version that every node should serve."""
+
+    id: str
+    number: int
+    """Grows with every version, so the greater one is the newer one."""
+    snapshot: Snapshot
+
+
+class Source(Protocol):
+    """What an agent asks. Any exception of it goes through to the caller of `Agent.step`."""
+
+    def published(self) -> PublishedVersion | None:
+        """Return the published version, None before the first one."""
+
+    def changes_after(self, cursor: Cursor) -> CertificateChanges:
+        """Return what changed after `cursor`; if its epoch is not the present one, everything, `complete`."""
+
+    def report(self, heartbeat: Heartbeat) -> None:
+        """Record what the node proved."""

@@ -1,0 +1,342 @@
+"""A node with a real HAProxy, certificates of a CA of our own, and little upstreams to route to."""
+
+import hashlib
+import os
+import random
+import shutil
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from certworker.core.gateway import Defaults, GatewayRows, ListenerRow, PolicyRow, PoolRow, RouteRow, TargetRow, build
+from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat, NodeCertificate
+from certworker.core.snapshot import Snapshot
+from certworker.node.agent import Agent
+from certworker.node.control import PublishedVersion
+from certworker.node.folder import Folder
+from certworker.node.haproxy import Haproxy, HaproxySetup
+from certworker.node.patience import Patience
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+LIMIT = timedelta(seconds=20)
+PATIENCE = Patience()
+
+
+def uuid(number: int) -> str:
+    return f"00000000-0000-4000-8000-{number:012d}"
+
+
+def await_true(look: Callable[[], object], what: str) -> None:
+    """Look until it is so, or fail."""
+    assert PATIENCE.until(look, LIMIT), f"not within {LIMIT}: {what}"
+
+
+@pytest.fixture(scope="session")
+def haproxy_binary() -> Path:
+    """The HAProxy to test with: CERTWORKER_HAPROXY_BIN, or the one of this machine."""
+    named = os.environ.get("CERTWORKER_HAPROXY_BIN")
+    found = named or shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if found is None:
+        pytest.fail("haproxy is missing: run `apt-get install haproxy`, or set CERTWORKER_HAPROXY_BIN")
+    return Path(found)
+
+
+@dataclass
+class Ports:
+    """Ports below the ephemeral range, that nothing listens on and no other test was given."""
+
+    first: int
+    last: int
+    _next: int = 0
+
+    def take(self) -> int:
+        for port in range(max(self._next, self.first), self.last):
+            self._next = port + 1
+            with socket.socket() as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    trial.bind(("0.0.0.0", port))
+                except OSError:
+                    continue
+                return port
+        pytest.fail(f"no port is free from {self.first} to {self.last}")
+
+
+@pytest.fixture(scope="session")
+def ports(request: pytest.FixtureRequest) -> Ports:
+    """A range of its own for each test process."""
+    worker = int(getattr(request.config, "workerinput", {}).get("workerid", "gw0").removeprefix("gw"))
+    first = 22000 + worker * 1000
+    return Ports(first, first + 1000)
+
+
+class Authority:
+    """Issues leaves as a CA would; nobody trusts it and nobody has to."""
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
+        self._serial = 0
+
+    def issue(
+        self, certificate_id: int, *names: str, revision: int = 1, policies: tuple[int, ...] = (900,)
+    ) -> NodeCertificate:
+        """Return a fresh leaf with its key; a later one for the same id is its renewal."""
+        self._serial += 1
+        key = ec.generate_private_key(ec.SECP256R1())
+        expires_at = NOW + timedelta(days=3650, seconds=self._serial)
+        leaf = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([]))
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(self._serial)
+            .not_valid_before(NOW - timedelta(days=1))
+            .not_valid_after(expires_at)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        return NodeCertificate(
+            id=uuid(certificate_id),
+            policy_ids=frozenset(map(uuid, policies)),
+            dns_names=names,
+            chain_pem=leaf.public_bytes(Encoding.PEM).decode(),
+            key_pem=key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode(),
+            fingerprint=hashlib.sha256(leaf.public_bytes(Encoding.DER)).hexdigest(),
+            expires_at=expires_at,
+            revision=revision,
+        )
+
+
+@pytest.fixture(scope="session")
+def authority() -> Authority:
+    return Authority()
+
+
+@dataclass
+class MemorySource:
+    """A control plane that lives in this process."""
+
+    version: PublishedVersion | None = None
+    certificates: dict[str, NodeCertificate] = field(default_factory=dict)
+    removed: dict[str, int] = field(default_factory=dict)
+    heartbeats: list[Heartbeat] = field(default_factory=list)
+    revision: int = 0
+    epoch: int = 1
+
+    def publish(self, snapshot: Snapshot) -> PublishedVersion:
+        number = self.version.number + 1 if self.version else 1
+        self.version = PublishedVersion(uuid(10_000 + number), number, snapshot)
+        return self.version
+
+    def put(self, certificate: NodeCertificate) -> None:
+        self.revision += 1
+        self.certificates[certificate.id] = replace(certificate, revision=self.revision)
+
+    def remove(self, certificate_id: str) -> None:
+        self.revision += 1
+        del self.certificates[certificate_id]
+        self.removed[certificate_id] = self.revision
+
+    def published(self) -> PublishedVersion | None:
+        return self.version
+
+    def changes_after(self, cursor: Cursor) -> CertificateChanges:
+        complete = cursor.epoch != self.epoch
+        after = 0 if complete else cursor.revision
+        changed = sorted((one for one in self.certificates.values() if one.revision > after), key=lambda c: c.revision)
+        removed = frozenset(name for name, revision in self.removed.items() if revision > after)
+        return CertificateChanges(Cursor(self.epoch, self.revision), tuple(changed), removed, complete)
+
+    def report(self, heartbeat: Heartbeat) -> None:
+        self.heartbeats.append(heartbeat)
+
+
+class Node:
+    """One node in a folder of its own; `agent` may be replaced by a new one on the same folder."""
+
+    def __init__(self, path: Path, binary: Path) -> None:
+        self.path = path
+        self.binary = binary
+        self.source = MemorySource()
+        self.start_agent()
+
+    def start_agent(self) -> None:
+        self.folder = Folder(self.path)
+        self.proxy = Haproxy(self.folder, HaproxySetup(self.binary), PATIENCE)
+        self.agent = Agent("node-1", self.source, self.folder, self.proxy, PATIENCE, random.Random(1))
+
+    def step(self) -> Heartbeat:
+        return self.agent.step()
+
+    def workers(self) -> frozenset[int]:
+        """Return the process ids of the workers that no reload has replaced."""
+        processes = self.proxy._processes()
+        assert processes is not None
+        return processes.new_workers
+
+
+@pytest.fixture
+def node(haproxy_binary: Path) -> Iterator[Node]:
+    """A node whose proxy ends with the test."""
+    # Not pytest's own folder: its path is too long for a socket.
+    path = Path(mkdtemp(prefix="certworker-node-"))
+    node = Node(path, haproxy_binary)
+    yield node
+    node.agent.stop()
+    node.agent.close()
+    shutil.rmtree(path)
+
+
+class Upstream(socketserver.ThreadingTCPServer):
+    """Answers every HTTP request with its own name and what it was asked; counts them."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, port: int, name: str, handler: type[socketserver.BaseRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", port), handler)
+        self.name = name
+        self.asked: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        """Answers are held back while it is cleared."""
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+    def stop(self) -> None:
+        self.gate.set()
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+
+class HttpHandler(socketserver.StreamRequestHandler):
+    """One request, one answer; after an upgrade every byte comes back."""
+
+    server: Upstream
+
+    def handle(self) -> None:
+        head = b""
+        while line := self.rfile.readline(65536):
+            head += line
+            if line in (b"\r\n", b"\n"):
+                break
+        if not head:
+            return  # a health check
+        self.server.asked.append(head.decode("latin-1"))
+        self.server.gate.wait(LIMIT.total_seconds())
+        if b"websocket" in head.lower():
+            self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+            while data := self.rfile.read1(4096):
+                self.wfile.write(data)
+            return
+        body = self.server.name.encode()
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+
+class EchoHandler(socketserver.StreamRequestHandler):
+    """Sends its name, then everything back."""
+
+    server: Upstream
+
+    def handle(self) -> None:
+        try:
+            self.wfile.write(self.server.name.encode() + b"\n")
+            while data := self.rfile.read1(4096):
+                self.wfile.write(data)
+        except OSError:
+            return  # a health check went away
+
+
+@pytest.fixture
+def upstream(ports: Ports) -> Iterator[Callable[..., Upstream]]:
+    """Start an upstream by name; it stops with the test."""
+    started: list[Upstream] = []
+
+    def start(
+        name: str, handler: type[socketserver.BaseRequestHandler] = HttpHandler, port: int | None = None
+    ) -> Upstream:
+        started.append(Upstream(port or ports.take(), name, handler))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+@dataclass
+class Gateway:
+    """Rows, written down shortly."""
+
+    responders: tuple[str, ...] = ("127.0.0.1:8402",)
+    listeners: list[ListenerRow] = field(default_factory=list)
+    routes: list[RouteRow] = field(default_factory=list)
+    pools: list[PoolRow] = field(default_factory=list)
+    targets: list[TargetRow] = field(default_factory=list)
+    policies: list[PolicyRow] = field(default_factory=list)
+
+    def listener(self, port: int, protocol: str = "http", policy: int | None = None) -> str:
+        policy_id = None if policy is None else uuid(policy)
+        if policy is not None:
+            self.policies.append(PolicyRow(uuid(policy), "auto"))
+        self.listeners.append(ListenerRow(uuid(100 + len(self.listeners)), None, port, protocol, policy_id, True))
+        return self.listeners[-1].id
+
+    def pool(self, *ports: int, policy: str = "round_robin", weights: tuple[int, ...] = (), check: bool = True) -> str:
+        health_check = {"kind": "tcp", "interval_secs": 1, "timeout_ms": 500} if check else None
+        pool = PoolRow(uuid(200 + len(self.pools)), "pool", policy, health_check)
+        self.pools.append(pool)
+        for port, weight in zip(ports, weights or (1,) * len(ports), strict=True):
+            target_id = uuid(300 + len(self.targets))
+            self.targets.append(TargetRow(target_id, pool.id, f"127.0.0.1:{port}", weight, True))
+        return pool.id
+
+    def route(self, listener: str, pool: str, type: str = "path", priority: int = 10, **match: object) -> None:
+        self.routes.append(RouteRow(uuid(400 + len(self.routes)), listener, type, match, priority, pool, True))
+
+    def snapshot(self) -> Snapshot:
+        rows = GatewayRows(
+            tuple(self.listeners), tuple(self.routes), tuple(self.pools), tuple(self.targets), tuple(self.policies)
+        )
+        built = build(rows, Defaults(timedelta(seconds=10), timedelta(seconds=2), self.responders))
+        assert not built.faults
+        return built.snapshot
+
+
+@pytest.fixture
+def gateway() -> Gateway:
+    return Gateway()
+
+
+def ask(
+    port: int, path: str = "/", host: str = "a.test", method: str = "GET", upgrade: bool = False
+) -> tuple[int, str]:
+    """Send one HTTP request and return status and body."""
+    more = "Connection: Upgrade\r\nUpgrade: websocket" if upgrade else "Connection: close"
+    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT.total_seconds()) as connection:
+        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n{more}\r\n\r\n".encode())
+        head, body = b"", b""
+        with connection.makefile("rb") as answer:
+            while line := answer.readline():
+                head += line
+                if line == b"\r\n":
+                    break
+            body = b"" if upgrade else answer.read()
+    return int(head.split()[1]), body.decode()

@@ -1,0 +1,389 @@
+"""A node end to end: a real HAProxy is started, filled, renewed, refused, adopted."""
+
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from certworker.errors import FolderHeld
+from certworker.node.probe import Seen, probe_tls
+
+from .conftest import Authority, Gateway, Node, Ports, ask, await_true, uuid
+
+pytestmark = pytest.mark.proxy
+
+
+@pytest.fixture
+def https_node(node: Node, gateway: Gateway, ports: Ports) -> tuple[Node, int]:
+    """A node that serves one https listener and has no certificate yet."""
+    port = ports.take()
+    gateway.listener(port, "https")
+    node.source.publish(gateway.snapshot())
+    assert node.step().error is None
+    return node, port
+
+
+def test_a_node_boots_without_certificates(https_node: tuple[Node, int]) -> None:
+    """An https listener starts empty and refuses every name with the alert for it."""
+    node, port = https_node
+
+    assert probe_tls(port, "a.test") == Seen(fault="TLSV1_UNRECOGNIZED_NAME")
+    assert node.source.heartbeats[-1].version_number == 1
+
+
+def test_a_certificate_is_added_without_a_reload(https_node: tuple[Node, int], authority: Authority) -> None:
+    """A new certificate answers its names, exact and wildcard, from the same worker process."""
+    node, port = https_node
+    workers = node.workers()
+    certificate = authority.issue(1, "a.test", "*.b.test")
+    node.source.put(certificate)
+
+    heartbeat = node.step()
+
+    assert heartbeat.fingerprints == {certificate.id: certificate.fingerprint}
+    assert (heartbeat.error, heartbeat.unserved, heartbeat.cursor.revision) == (None, {}, 1)
+    assert {probe_tls(port, name).fingerprint for name in ("a.test", "x.b.test")} == {certificate.fingerprint}
+    assert {probe_tls(port, name).fault for name in ("c.test", "b.test", "x.y.b.test")} == {"TLSV1_UNRECOGNIZED_NAME"}
+    assert node.workers() == workers
+
+
+def test_a_renewal_fails_no_client(https_node: tuple[Node, int], authority: Authority) -> None:
+    """Clients that connect all the time see the old leaf or the new one, never an error."""
+    node, port = https_node
+    node.source.put(authority.issue(1, "a.test"))
+    node.step()
+    workers = node.workers()
+    seen: list[Seen] = []
+    over = threading.Event()
+
+    def client() -> None:
+        while not over.is_set():
+            seen.append(probe_tls(port, "a.test"))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    renewals = [authority.issue(1, "a.test") for _ in range(10)]
+    for renewal in renewals:
+        node.source.put(renewal)
+        assert node.step().unserved == {}
+    over.set()
+    thread.join()
+
+    assert [one.fault for one in seen if one.fault] == []
+    assert probe_tls(port, "a.test").fingerprint == renewals[-1].fingerprint
+    assert node.workers() == workers
+
+
+def test_a_removed_certificate_is_gone(https_node: tuple[Node, int], authority: Authority) -> None:
+    """After a removal neither the proxy nor the disk has the key."""
+    node, port = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.step()
+    workers = node.workers()
+    node.source.remove(certificate.id)
+
+    assert node.step().unserved == {}
+    assert probe_tls(port, "a.test").fault == "TLSV1_UNRECOGNIZED_NAME"
+    assert list(node.folder.certs.iterdir()) == []
+    assert node.workers() == workers
+
+
+def test_a_policys_listener_serves_its_certificates_only(
+    node: Node, gateway: Gateway, ports: Ports, authority: Authority
+) -> None:
+    """A listener with a policy refuses the names of the others."""
+    common, own = ports.take(), ports.take()
+    gateway.listener(common, "https")
+    gateway.listener(own, "https", policy=901)
+    node.source.publish(gateway.snapshot())
+    node.source.put(authority.issue(1, "a.test", policies=(901,)))
+    node.source.put(authority.issue(2, "b.test", policies=(902,)))
+
+    assert node.step().error is None
+    assert [probe_tls(port, "b.test").fault for port in (common, own)] == [None, "TLSV1_UNRECOGNIZED_NAME"]
+    assert [probe_tls(port, "a.test").fault for port in (common, own)] == [None, None]
+
+
+def test_names_move_between_certificates(https_node: tuple[Node, int], authority: Authority) -> None:
+    """When a later certificate takes a name over, the older one keeps its others."""
+    node, port = https_node
+    older, later = authority.issue(1, "a.test", "b.test"), authority.issue(2, "b.test")
+    node.source.put(older)
+    node.step()
+    node.source.put(later)
+
+    heartbeat = node.step()
+
+    assert (heartbeat.error, heartbeat.unserved) == (None, {})
+    assert probe_tls(port, "a.test").fingerprint == older.fingerprint
+    assert probe_tls(port, "b.test").fingerprint == later.fingerprint
+
+
+def test_a_refused_pair_leaves_the_one_before(https_node: tuple[Node, int], authority: Authority) -> None:
+    """A key that is not the leaf's is reported and never reaches the proxy; the neighbours are served."""
+    node, port = https_node
+    good, other = authority.issue(1, "a.test"), authority.issue(2, "b.test")
+    node.source.put(good)
+    node.step()
+    node.source.put(replace(authority.issue(1, "a.test"), key_pem=other.key_pem))
+    node.source.put(other)
+
+    heartbeat = node.step()
+
+    assert list(heartbeat.unserved) == [good.id]
+    assert "the key is not the leaf's" in heartbeat.unserved[good.id]
+    assert probe_tls(port, "a.test").fingerprint == good.fingerprint
+    assert probe_tls(port, "b.test").fingerprint == other.fingerprint
+    assert list(node.step().unserved) == [good.id]
+
+
+def test_a_taken_port_is_refused_and_rolled_back(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """The message names the port, the old version serves on, and the new one is not tried again."""
+    first, taken = ports.take(), ports.take()
+    gateway.listener(first)
+    node.source.publish(gateway.snapshot())
+    node.step()
+    workers = node.workers()
+    with closing(socket.create_server(("127.0.0.1", taken))):
+        gateway.listener(taken)
+        node.source.publish(gateway.snapshot())
+        heartbeat = node.step()
+    again = node.step()
+
+    assert heartbeat.error is not None
+    assert f"port {taken}" in heartbeat.error
+    assert (heartbeat.version_number, again.version_number, again.error) == (1, 1, heartbeat.error)
+    assert ask(first)[0] == 404
+    assert node.workers() == workers
+    node.source.publish(gateway.snapshot())
+    assert node.step().version_number == 3
+
+
+def test_a_version_that_haproxy_refuses_is_rolled_back(
+    node: Node, gateway: Gateway, ports: Ports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload that fails after the check leaves the old version served, and the next one possible."""
+    first, taken = ports.take(), ports.take()
+    gateway.listener(first)
+    node.source.publish(gateway.snapshot())
+    node.step()
+    with closing(socket.create_server(("127.0.0.1", taken))):
+        # The port is taken between our look at it and the reload.
+        monkeypatch.setattr("certworker.node.apply.preflight", lambda ports: None)
+        gateway.listener(taken)
+        node.source.publish(gateway.snapshot())
+        heartbeat = node.step()
+
+    assert heartbeat.error is not None
+    assert "version 2 is not served" in heartbeat.error
+    assert "version 1 is served" in heartbeat.error
+    assert heartbeat.version_number == 1
+    assert ask(first)[0] == 404
+    node.source.publish(gateway.snapshot())
+    assert node.step().version_number == 3
+    assert ask(taken)[0] == 404
+
+
+def test_a_version_that_fails_its_probe_is_rolled_back(
+    https_node: tuple[Node, int], gateway: Gateway, ports: Ports, authority: Authority
+) -> None:
+    """A version under which a served certificate is shown no more does not stay."""
+    node, port = https_node
+    node.source.put(authority.issue(1, "a.test"))
+    node.step()
+    gateway.listener(added := ports.take(), "https")
+    node.source.publish(gateway.snapshot())
+    node.agent._probe = lambda asked, name: Seen(fault="dark") if asked == added else probe_tls(asked, name)
+
+    heartbeat = node.step()
+
+    assert heartbeat.error is not None
+    assert f"port {added} shows dark for a.test" in heartbeat.error
+    assert heartbeat.version_number == 1
+    assert probe_tls(port, "a.test").fault is None
+
+
+def test_a_failed_hot_swap_becomes_a_reload(
+    https_node: tuple[Node, int], authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the running proxy does not know what we think it knows, it is told everything anew."""
+    node, port = https_node
+    node.source.put(authority.issue(1, "a.test"))
+    node.step()
+    node.proxy._admin.drop_line(str(node.folder.lists / "all.list"), str(next(node.folder.certs.iterdir())))
+    renewal = authority.issue(1, "a.test")
+    node.source.put(renewal)
+
+    heartbeat = node.step()
+
+    assert (heartbeat.error, heartbeat.unserved) == (None, {})
+    assert probe_tls(port, "a.test").fingerprint == renewal.fingerprint
+
+
+_KILLED = """
+import os, random, signal, sys
+from pathlib import Path
+from tests.node.conftest import PATIENCE, MemorySource
+from certworker.core.snapshot import read_snapshot
+from certworker.node.agent import Agent
+from certworker.node.folder import Folder
+from certworker.node.haproxy import Haproxy, HaproxySetup
+import json
+folder, source = Folder(Path(sys.argv[1])), MemorySource()
+source.publish(read_snapshot(json.load(sys.stdin)))
+proxy = Haproxy(folder, HaproxySetup(Path(sys.argv[2])), PATIENCE)
+agent = Agent("node-1", source, folder, proxy, PATIENCE, random.Random(1))
+assert agent.step().error is None
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_agents_proxy_is_adopted(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """After kill -9 of the agent, the next one finds the proxy, keeps it, and goes on."""
+    port = ports.take()
+    gateway.listener(port)
+    version = node.source.publish(gateway.snapshot())
+    node.agent.close()
+    subprocess.run(
+        [sys.executable, "-c", _KILLED, str(node.path), str(node.binary)],
+        input=version.snapshot.canonical(),
+        check=False,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ask(port)[0] == 404
+    node.start_agent()
+    workers = node.workers()
+
+    heartbeat = node.step()
+
+    assert (heartbeat.version_number, heartbeat.error) == (1, None)
+    assert node.workers() == workers
+
+
+def test_a_new_agent_goes_on_where_the_last_one_was(https_node: tuple[Node, int], authority: Authority) -> None:
+    """State, certificates and cursor survive; nothing is reloaded for it."""
+    node, port = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.step()
+    workers = node.workers()
+    node.agent.close()
+    node.start_agent()
+
+    heartbeat = node.step()
+
+    assert (heartbeat.error, heartbeat.cursor.revision, heartbeat.fingerprints) == (None, 1, {})
+    assert probe_tls(port, "a.test").fingerprint == certificate.fingerprint
+    assert node.workers() == workers
+
+
+def test_a_stopped_proxy_is_started_again(https_node: tuple[Node, int], authority: Authority) -> None:
+    """A proxy that died comes back with the version and the certificates it had."""
+    node, port = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.step()
+    node.agent.stop()
+    assert not node.proxy.running()
+
+    assert node.step().version_number == 1
+    assert probe_tls(port, "a.test").fingerprint == certificate.fingerprint
+
+
+def test_a_foreign_change_is_noticed_at_the_start(https_node: tuple[Node, int], authority: Authority) -> None:
+    """A new agent compares the running crt-lists with its files, and reloads when they differ."""
+    node, port = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.step()
+    node.proxy._admin.drop_line(str(node.folder.lists / "all.list"), str(next(node.folder.certs.iterdir())))
+    assert probe_tls(port, "a.test").fault is not None
+    node.agent.close()
+    node.start_agent()
+    node.step()
+
+    await_true(lambda: probe_tls(port, "a.test").fingerprint == certificate.fingerprint, "the leaf is shown")
+
+
+def test_a_lost_file_is_asked_for_again(https_node: tuple[Node, int], authority: Authority) -> None:
+    """An agent that misses a certificate's file starts from nothing."""
+    node, port = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.step()
+    node.agent.stop()
+    node.agent.close()
+    next(node.folder.certs.iterdir()).unlink()
+    node.start_agent()
+
+    assert node.step().fingerprints == {certificate.id: certificate.fingerprint}
+    assert probe_tls(port, "a.test").fingerprint == certificate.fingerprint
+
+
+def test_a_restored_control_plane_is_followed(https_node: tuple[Node, int], authority: Authority) -> None:
+    """A new epoch brings everything, and what it does not name goes."""
+    node, port = https_node
+    for number in (1, 2):
+        node.source.put(authority.issue(number, f"{number}.test"))
+    node.step()
+    del node.source.certificates[uuid(2)]
+    node.source.epoch += 1
+
+    assert node.step().cursor.epoch == 2
+    assert probe_tls(port, "1.test").fault is None
+    assert probe_tls(port, "2.test").fault == "TLSV1_UNRECOGNIZED_NAME"
+
+
+def test_one_agent_per_folder(node: Node) -> None:
+    """A second agent on the same folder is told so."""
+    with pytest.raises(FolderHeld, match="another agent"):
+        node.start_agent()
+
+
+def test_an_expected_name_is_proved_before_it_counts(https_node: tuple[Node, int], authority: Authority) -> None:
+    """What no handshake shows is named in the heartbeat, and looked at again in the next step."""
+    node, _ = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.agent._probe = lambda port, name: Seen(fault="dark")
+    node.agent._patience = replace(node.agent._patience, monotonic=iter(range(1000)).__next__)
+
+    assert "dark" in node.step().unserved[certificate.id]
+    node.agent._probe = probe_tls
+    assert node.step().fingerprints == {certificate.id: certificate.fingerprint}
+
+
+def test_keys_are_private(https_node: tuple[Node, int], authority: Authority) -> None:
+    """Only the owner may read keys, folders and sockets, and no repr shows a key."""
+    node, _ = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.step()
+    open_to_others = [path for path in (node.path, *node.path.rglob("*")) if path.lstat().st_mode & 0o077]
+
+    assert [path.name for path in open_to_others if not path.is_symlink()] == []
+    assert certificate.key_pem not in repr(certificate)
+    assert certificate.key_pem.encode() not in node.folder.state_path.read_bytes()
+
+
+def test_the_https_listener_speaks_http2(https_node: tuple[Node, int], authority: Authority) -> None:
+    """ALPN offers h2 first."""
+    node, port = https_node
+    node.source.put(authority.issue(1, "a.test"))
+    node.step()
+    context = ssl._create_unverified_context()
+    context.check_hostname = False
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="a.test") as secure,
+    ):
+        assert secure.selected_alpn_protocol() == "h2"
