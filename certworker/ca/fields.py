@@ -21,7 +21,7 @@ class Fields:
         self._url = url
         self._path = path
         if not isinstance(value, Mapping):
-            raise AnswerFault(url, f"{path or 'the answer'} must be an object")
+            raise AnswerFault(url, f"{path.rstrip('.') or 'the answer'} must be an object")
         self._fields: Mapping[str, Any] = value
 
     def fault(self, name: str, rule: str) -> AnswerFault:
@@ -34,10 +34,7 @@ class Fields:
 
     def text(self, name: str) -> str:
         """Return a text that is not empty."""
-        value = self._fields.get(name)
-        if not isinstance(value, str) or not value:
-            raise self.fault(name, "is missing" if value is None else "must be a text")
-        return value
+        return self._text(name, self._fields.get(name))
 
     def flag(self, name: str) -> bool:
         """Return a boolean that is false when absent."""
@@ -48,10 +45,7 @@ class Fields:
 
     def url(self, name: str) -> str:
         """Return an absolute URL of the scheme that the answer itself came by: https never leads to less."""
-        value = self.text(name)
-        if not is_url(value, urlsplit(self._url).scheme):
-            raise self.fault(name, f"must be an absolute {urlsplit(self._url).scheme} URL")
-        return value
+        return self._absolute(name, self._fields.get(name))
 
     def time(self, name: str) -> datetime:
         """Return an instant in UTC (RFC 3339)."""
@@ -72,10 +66,8 @@ class Fields:
         return [Fields(self._url, value, f"{self._path}{name}[{i}].") for i, value in enumerate(self.entries(name))]
 
     def urls(self, name: str) -> tuple[str, ...]:
-        """Return the URLs in this list."""
-        values = self.entries(name)
-        each = Fields(self._url, {str(i): value for i, value in enumerate(values)}, f"{self._path}{name}.")
-        return tuple(each.url(str(i)) for i in range(len(values)))
+        """Return the URLs in this list, held to the same rule."""
+        return tuple(self._absolute(f"{name}[{i}]", value) for i, value in enumerate(self.entries(name)))
 
     def entries(self, name: str) -> list[object]:
         """Return a list of moderate length."""
@@ -89,6 +81,18 @@ class Fields:
     def raw(self, name: str) -> object:
         """Return the value as it is, None when absent."""
         return self._fields.get(name)
+
+    def _text(self, name: str, value: object) -> str:
+        if not isinstance(value, str) or not value:
+            raise self.fault(name, "is missing" if value is None else "must be a text")
+        return value
+
+    def _absolute(self, name: str, value: object) -> str:
+        scheme = urlsplit(self._url).scheme
+        url = self._text(name, value)
+        if not is_url(url, scheme):
+            raise self.fault(name, f"must be an absolute {scheme} URL")
+        return url
 
 
 def read_json(url: str, body: bytes, content_type: str) -> object:

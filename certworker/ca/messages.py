@@ -116,8 +116,8 @@ def read_challenge(response: Response) -> Challenge:
 def read_location(response: Response) -> str:
     """Return where the thing that was made is found, or raise AnswerFault."""
     location = response.headers.get("location", "")
-    url = urljoin(response.url, location)
-    if not location or not is_url(url, response.url.partition(":")[0]):
+    url = urljoin(response.url, location) if location.startswith("/") else location
+    if not is_url(url, response.url.partition(":")[0]):
         raise AnswerFault(response.url, "its Location is " + ("no URL to use" if location else "missing"))
     return url
 
