@@ -123,7 +123,11 @@ def _defaults() -> Iterator[str]:
 
 
 def _bind(listener: Listener, options: HaproxyOptions) -> str:
-    address = f":::{listener.port} v4v6" if options.ipv6 else f"0.0.0.0:{listener.port}"
+    # Two sockets, not one for both: that one would report IPv4 clients as `::ffff:192.0.2.1`.
+    # One line, so that the certificates are in memory once.
+    address = f"0.0.0.0:{listener.port}"
+    if options.ipv6:
+        address += f",[::]:{listener.port} v6only"
     if listener.protocol == "http":
         return f"    bind {address}"
     # strict-sni: an unknown name gets an alert, never another tenant's certificate. It also lets

@@ -28,6 +28,7 @@ from certworker.node.control import PublishedVersion
 from certworker.node.folder import Folder
 from certworker.node.haproxy import Haproxy, HaproxySetup
 from certworker.node.patience import Patience
+from certworker.node.probe import Probe, probe_tls
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LIMIT = timedelta(seconds=20)
@@ -164,6 +165,16 @@ class MemorySource:
         self.heartbeats.append(heartbeat)
 
 
+class WatchedHaproxy(Haproxy):
+    """A HAProxy to whose reloads a test can do something first."""
+
+    before_reload: Callable[[], object]
+
+    def reload(self) -> None:
+        self.before_reload()
+        super().reload()
+
+
 class Node:
     """One node in a folder of its own; `agent` may be replaced by a new one on the same folder."""
 
@@ -171,12 +182,23 @@ class Node:
         self.path = path
         self.binary = binary
         self.source = MemorySource()
+        self.probe: Probe = probe_tls
+        self.before_reload: Callable[[], object] = lambda: None
         self.start_agent()
 
     def start_agent(self) -> None:
         self.folder = Folder(self.path)
-        self.proxy = Haproxy(self.folder, HaproxySetup(self.binary), PATIENCE)
-        self.agent = Agent("node-1", self.source, self.folder, self.proxy, PATIENCE, random.Random(1))
+        self.proxy = WatchedHaproxy(self.folder, HaproxySetup(self.binary), PATIENCE)
+        self.proxy.before_reload = lambda: self.before_reload()
+        self.agent = Agent(
+            "node-1",
+            self.source,
+            self.folder,
+            self.proxy,
+            PATIENCE,
+            random.Random(1),
+            lambda port, name: self.probe(port, name),
+        )
 
     def step(self) -> Heartbeat:
         return self.agent.step()
@@ -243,7 +265,9 @@ class HttpHandler(socketserver.StreamRequestHandler):
         self.server.asked.append(head.decode("latin-1"))
         self.server.gate.wait(LIMIT.total_seconds())
         if b"websocket" in head.lower():
-            self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+            self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n")
+            # The answer to the key of RFC 6455 §1.3, which HAProxy checks the presence of.
+            self.wfile.write(b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n")
             while data := self.rfile.read1(4096):
                 self.wfile.write(data)
             return
@@ -308,8 +332,8 @@ class Gateway:
             self.targets.append(TargetRow(target_id, pool.id, f"127.0.0.1:{port}", weight, True))
         return pool.id
 
-    def route(self, listener: str, pool: str, type: str = "path", priority: int = 10, **match: object) -> None:
-        self.routes.append(RouteRow(uuid(400 + len(self.routes)), listener, type, match, priority, pool, True))
+    def route(self, listener: str, pool: str, kind: str = "path", priority: int = 10, **match: object) -> None:
+        self.routes.append(RouteRow(uuid(400 + len(self.routes)), listener, kind, match, priority, pool, True))
 
     def snapshot(self) -> Snapshot:
         rows = GatewayRows(
@@ -325,18 +349,15 @@ def gateway() -> Gateway:
     return Gateway()
 
 
-def ask(
-    port: int, path: str = "/", host: str = "a.test", method: str = "GET", upgrade: bool = False
-) -> tuple[int, str]:
+def ask(port: int, path: str = "/", host: str = "a.test", method: str = "GET") -> tuple[int, str]:
     """Send one HTTP request and return status and body."""
-    more = "Connection: Upgrade\r\nUpgrade: websocket" if upgrade else "Connection: close"
     with socket.create_connection(("127.0.0.1", port), timeout=LIMIT.total_seconds()) as connection:
-        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n{more}\r\n\r\n".encode())
-        head, body = b"", b""
+        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        head = b""
         with connection.makefile("rb") as answer:
             while line := answer.readline():
                 head += line
                 if line == b"\r\n":
                     break
-            body = b"" if upgrade else answer.read()
+            body = answer.read()
     return int(head.split()[1]), body.decode()

@@ -5,7 +5,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,19 +166,18 @@ def test_a_taken_port_is_refused_and_rolled_back(node: Node, gateway: Gateway, p
     assert node.step().version_number == 3
 
 
-def test_a_version_that_haproxy_refuses_is_rolled_back(
-    node: Node, gateway: Gateway, ports: Ports, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_that_haproxy_refuses_is_rolled_back(node: Node, gateway: Gateway, ports: Ports) -> None:
     """A reload that fails after the check leaves the old version served, and the next one possible."""
     first, taken = ports.take(), ports.take()
     gateway.listener(first)
     node.source.publish(gateway.snapshot())
     node.step()
-    with closing(socket.create_server(("127.0.0.1", taken))):
+    gateway.listener(taken)
+    node.source.publish(gateway.snapshot())
+    with ExitStack() as rival:
         # The port is taken between our look at it and the reload.
-        monkeypatch.setattr("certworker.node.apply.preflight", lambda ports: None)
-        gateway.listener(taken)
-        node.source.publish(gateway.snapshot())
+        take = iter([lambda: rival.enter_context(socket.create_server(("127.0.0.1", taken)))])
+        node.before_reload = lambda: next(take, lambda: None)()
         heartbeat = node.step()
 
     assert heartbeat.error is not None
@@ -200,7 +199,7 @@ def test_a_version_that_fails_its_probe_is_rolled_back(
     node.step()
     gateway.listener(added := ports.take(), "https")
     node.source.publish(gateway.snapshot())
-    node.agent._probe = lambda asked, name: Seen(fault="dark") if asked == added else probe_tls(asked, name)
+    node.probe = lambda asked, name: Seen(fault="dark") if asked == added else probe_tls(asked, name)
 
     heartbeat = node.step()
 
@@ -210,9 +209,7 @@ def test_a_version_that_fails_its_probe_is_rolled_back(
     assert probe_tls(port, "a.test").fault is None
 
 
-def test_a_failed_hot_swap_becomes_a_reload(
-    https_node: tuple[Node, int], authority: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_hot_swap_becomes_a_reload(https_node: tuple[Node, int], authority: Authority) -> None:
     """When the running proxy does not know what we think it knows, it is told everything anew."""
     node, port = https_node
     node.source.put(authority.issue(1, "a.test"))
@@ -353,11 +350,10 @@ def test_an_expected_name_is_proved_before_it_counts(https_node: tuple[Node, int
     node, _ = https_node
     certificate = authority.issue(1, "a.test")
     node.source.put(certificate)
-    node.agent._probe = lambda port, name: Seen(fault="dark")
-    node.agent._patience = replace(node.agent._patience, monotonic=iter(range(1000)).__next__)
+    node.probe = lambda *_: Seen(fault="dark")
 
     assert "dark" in node.step().unserved[certificate.id]
-    node.agent._probe = probe_tls
+    node.probe = probe_tls
     assert node.step().fingerprints == {certificate.id: certificate.fingerprint}
 
 

@@ -1,0 +1,226 @@
+"""What HAProxy does with the rendered routes: real requests to real upstreams."""
+
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from .conftest import EchoHandler, Gateway, Node, Ports, Upstream, ask, await_true
+
+pytestmark = pytest.mark.proxy
+
+Start = Callable[..., Upstream]
+
+
+def publish(node: Node, gateway: Gateway) -> None:
+    node.source.publish(gateway.snapshot())
+    heartbeat = node.step()
+    assert (heartbeat.error, heartbeat.warnings) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("match", "path", "host", "taken"),
+    [
+        ({}, "/any", "any.test", True),
+        ({"host": "a.test"}, "/", "A.Test.:80", True),
+        ({"host": "a.test"}, "/", "b.a.test", False),
+        ({"host": "*.a.test"}, "/", "b.a.test", True),
+        ({"host": "*.a.test"}, "/", "a.test", False),
+        ({"host": "*.a.test"}, "/", "c.b.a.test", False),
+        ({"host": "*.a.test"}, "/", "b.axtest", False),
+        ({"path": {"exact": "/api"}}, "/api?q=1", "a.test", True),
+        ({"path": {"exact": "/api"}}, "/api/", "a.test", False),
+        ({"path": {"exact": "/a'p\"i $HOME".replace(" ", "")}}, "/a'p\"i$HOME", "a.test", True),
+        ({"path": {"prefix": "/api"}}, "/api", "a.test", True),
+        ({"path": {"prefix": "/api"}}, "/api/x", "a.test", True),
+        ({"path": {"prefix": "/api"}}, "/%61pi/x", "a.test", True),
+        ({"path": {"prefix": "/api"}}, "/apix", "a.test", False),
+        ({"path": {"prefix": "/"}}, "/x", "a.test", True),
+        ({"path": {"regex": "/v[0-9]+/items"}}, "/v12/items", "a.test", True),
+        ({"path": {"regex": "/v[0-9]+/items"}}, "/v12/items/x", "a.test", False),
+        ({"path": {"regex": "/a|/b"}}, "/b", "a.test", True),
+        ({"path": {"regex": "/a|/b"}}, "/bc", "a.test", False),
+        ({"host": "a.test", "path": {"exact": "/x"}}, "/x", "b.test", False),
+    ],
+)
+def test_a_match_takes_what_it_says(
+    node: Node,
+    gateway: Gateway,
+    ports: Ports,
+    upstream: Start,
+    match: dict[str, Any],
+    path: str,
+    host: str,
+    taken: bool,
+) -> None:
+    """A request is taken if host and path match, and gets 404 if not."""
+    gateway.route(gateway.listener(port := ports.take()), gateway.pool(upstream("up").port), **match)
+    publish(node, gateway)
+
+    assert ask(port, path, host) == ((200, "up") if taken else (404, "no route"))
+
+
+def test_the_lower_priority_goes_first(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
+    """Routes are tried in the order of their priority, whatever the order of the rows."""
+    listener = gateway.listener(port := ports.take())
+    gateway.route(listener, gateway.pool(upstream("all").port), priority=20)
+    gateway.route(listener, gateway.pool(upstream("special").port), priority=5, path={"prefix": "/special"})
+    publish(node, gateway)
+
+    assert ask(port, "/special/x")[1] == "special"
+    assert ask(port, "/x")[1] == "all"
+
+
+def test_a_websocket_route_takes_upgrades_only(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
+    """An upgraded connection carries bytes both ways; a plain request goes on to the next route."""
+    listener = gateway.listener(port := ports.take())
+    gateway.route(listener, gateway.pool(upstream("socket").port), "ws", 1, path={"prefix": "/ws"})
+    gateway.route(listener, gateway.pool(upstream("plain").port), priority=2)
+    publish(node, gateway)
+
+    assert ask(port, "/ws") == (200, "plain")
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(UPGRADE)
+        answer = connection.makefile("rb")
+        head = b"".join(iter(answer.readline, b"\r\n"))
+        connection.sendall(b"ping")
+        assert head.startswith(b"HTTP/1.1 101")
+        assert answer.read(4) == b"ping"
+
+
+def test_a_port_route_passes_bytes(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
+    """Whatever is said on the port comes to the upstream as it is, a challenge's path included."""
+    gateway.route(gateway.listener(port := ports.take()), gateway.pool(upstream("raw", EchoHandler).port), "port")
+    publish(node, gateway)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        answer = connection.makefile("rb")
+        connection.sendall(b"GET /.well-known/acme-challenge/x\n")
+
+        assert answer.readline() == b"raw\n"
+        assert answer.readline() == b"GET /.well-known/acme-challenge/x\n"
+
+
+def test_round_robin_ignores_weights_and_weighted_keeps_them(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start
+) -> None:
+    """Ten requests each, or three to one."""
+    first, second = upstream("first"), upstream("second")
+    listener = gateway.listener(port := ports.take())
+    for policy, path in (("round_robin", "/even"), ("weighted", "/odd")):
+        pool = gateway.pool(first.port, second.port, policy=policy, weights=(3, 1))
+        gateway.route(listener, pool, path={"exact": path})
+    publish(node, gateway)
+
+    assert Counter(ask(port, "/even")[1] for _ in range(20)) == {"first": 10, "second": 10}
+    assert Counter(ask(port, "/odd")[1] for _ in range(20)) == {"first": 15, "second": 5}
+
+
+def test_least_conn_avoids_the_busy_one(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
+    """While one upstream holds its requests back, the other gets the rest."""
+    busy, idle = upstream("busy"), upstream("idle")
+    pool = gateway.pool(busy.port, idle.port, policy="least_conn", check=False)
+    gateway.route(gateway.listener(port := ports.take()), pool)
+    publish(node, gateway)
+    busy.gate.clear()
+    waiting = []
+
+    def arrived(before: int) -> bool:
+        return len(busy.asked) + len(idle.asked) > before
+
+    while not busy.asked:  # at most two: the pool starts with either
+        waiting.append(threading.Thread(target=ask, args=(port,)))
+        asked = len(busy.asked) + len(idle.asked)
+        waiting[-1].start()
+        await_true(partial(arrived, asked), "the request arrives")
+
+    assert {ask(port)[1] for _ in range(10)} == {"idle"}
+    busy.gate.set()
+    for thread in waiting:
+        thread.join()
+
+
+def test_a_killed_upstream_fails_no_request(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
+    """Requests go on to the one that lives; the other is back once it answers its check."""
+    first, second = upstream("first"), upstream("second")
+    gateway.route(gateway.listener(port := ports.take()), gateway.pool(first.port, second.port))
+    publish(node, gateway)
+    first.shutdown()
+    first.server_close()
+
+    assert {ask(port) for _ in range(40)} == {(200, "second")}
+    upstream("back", port=first.port)
+    await_true(lambda: ask(port)[1] == "back", "the upstream is used again")
+
+
+def test_a_pool_without_a_living_target_says_so(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """503, and no other route is tried."""
+    listener = gateway.listener(port := ports.take())
+    gateway.route(listener, gateway.pool(), priority=1)
+    publish(node, gateway)
+
+    assert ask(port)[0] == 503
+
+
+UPGRADE = b"""GET /ws HTTP/1.1
+Host: a.test
+Connection: Upgrade
+Upgrade: WebSocket
+Sec-WebSocket-Version: 13
+Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==
+
+""".replace(b"\n", b"\r\n")
+TOKEN = "evaGxfADs6pSRb2LAv9IZf17Dt3juxGJ-PCt92wr-oA"
+PREFIX = "/.well-known/acme-challenge/"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", PREFIX + TOKEN, 200),
+        ("GET", PREFIX + "a" * 22, 200),
+        ("GET", PREFIX + "a" * 128, 200),
+        ("HEAD", PREFIX + TOKEN, 200),
+        ("POST", PREFIX + TOKEN, 405),
+        ("DELETE", PREFIX + "short", 405),
+        ("GET", PREFIX, 404),
+        ("GET", PREFIX + "a" * 21, 404),
+        ("GET", PREFIX + "a" * 129, 404),
+        ("GET", PREFIX + TOKEN + "/", 404),
+        ("GET", PREFIX + TOKEN + "%0a", 404),
+        ("GET", PREFIX + TOKEN[:-1] + "%41", 404),
+        ("GET", PREFIX + "../" + TOKEN, 404),
+        ("GET", PREFIX + "<script>alert(1)</script>", 404),
+    ],
+)
+def test_a_challenge_goes_to_the_responder_or_nowhere(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start, method: str, path: str, status: int
+) -> None:
+    """Only a token is asked for, and nothing under the prefix falls through to the routes."""
+    responder = upstream("responder")
+    gateway.responders = (f"127.0.0.1:{responder.port}",)
+    gateway.route(gateway.listener(port := ports.take()), gateway.pool(upstream("user").port), priority=-1000)
+    publish(node, gateway)
+
+    answer = ask(port, path, method=method)
+
+    assert answer[0] == status
+    assert answer[1] != "user"
+    assert len(responder.asked) == (status == 200)
+    assert ask(port, "/x") == (200, "user")
+
+
+def test_what_a_client_says_of_itself_is_not_passed_on(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start
+) -> None:
+    """The upstream sees one forwarding header of each kind, and it is ours."""
+    up = upstream("up")
+    gateway.route(gateway.listener(port := ports.take()), gateway.pool(up.port))
+    publish(node, gateway)
+    ask(port, host="a.test\r\nX-Forwarded-For: 10.9.9.9\r\nX-Forwarded-Proto: gopher")
+
+    said = [line.lower() for line in up.asked[-1].splitlines() if line.lower().startswith("x-forwarded")]
+    assert sorted(said) == ["x-forwarded-for: 127.0.0.1", "x-forwarded-proto: http"]
