@@ -4,8 +4,8 @@
 .PHONY: help demo setup check test lock clean
 
 BIN := .venv/bin
-# Where the tests find Pebble; HAProxy is in /usr/sbin, which is not on everybody's PATH.
-TEST_PATH := $(CURDIR)/.tools/bin:$(PATH):/usr/sbin
+# HAProxy is in /usr/sbin, which is not on everybody's PATH; Pebble is in a folder of ours.
+export PATH := $(CURDIR)/.tools/bin:$(PATH):/usr/sbin
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --no-header --no-emit-index-url pyproject.toml
 
@@ -24,10 +24,10 @@ check: setup ## style, types, import rules, and what can be checked without runn
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	PATH="$(TEST_PATH)" $(BIN)/pytest -m check
+	$(BIN)/pytest -m check
 
 test: setup ## every test, on real PostgreSQL, Pebble and HAProxy; ARGS="-k name" for some
-	PATH="$(TEST_PATH)" $(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 lock: setup ## make both lock files anew, for the newest versions that pyproject.toml allows
 	$(COMPILE) --upgrade --group build --output-file requirements.lock
