@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from threading import Lock
 from typing import Any
 
 from certworker.ca import jws, messages
@@ -60,18 +59,14 @@ class Client:
         self._now = now
         self._nonces: deque[str] = deque(maxlen=_NONCES_KEPT)
         self._directory: tuple[Directory, datetime] | None = None
-        self._directory_lock = Lock()
 
     # -- the CA itself ---------------------------------------------------------------------------------
 
     def directory(self) -> Directory:
         """Return what the CA offers; asked for once an hour (RFC 8555 §7.1.1)."""
-        with self._directory_lock:
-            now = self._now()
-            if self._directory is None or now >= self._directory[1]:
-                response = self._expect("reading the directory", self._http.request("GET", self._directory_url))
-                self._directory = messages.read_directory(response), now + _DIRECTORY_LIFETIME
-            return self._directory[0]
+        cached = self._directory
+        # Threads that come at once all ask: in line they would wait for each other's time limits.
+        return cached[0] if cached and self._now() < cached[1] else self._fetch_directory()
 
     # -- accounts --------------------------------------------------------------------------------------
 
@@ -180,15 +175,16 @@ class Client:
         except ProblemReported as error:
             if error.problem.status not in _MOVED:
                 raise
-            moved: str = getattr(self._refresh_directory(), resource)
+            moved: str = getattr(self._fetch_directory(), resource)
             if moved == url:
                 raise
             return self._post(doing, signer, moved, payload)
 
-    def _refresh_directory(self) -> Directory:
-        with self._directory_lock:
-            self._directory = None
-        return self.directory()
+    def _fetch_directory(self) -> Directory:
+        response = self._expect("reading the directory", self._http.request("GET", self._directory_url))
+        directory = messages.read_directory(response)
+        self._directory = directory, self._now() + _DIRECTORY_LIFETIME
+        return directory
 
     def _look(
         self,

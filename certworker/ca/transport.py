@@ -174,7 +174,7 @@ class Transport:
                 return Origin(parts.scheme, parts.hostname, parts.port or self._schemes[parts.scheme])
         except ValueError:
             pass
-        raise TransportFault("connect", url[:200], "only https addresses are asked; check ACME_DIRECTORY_URL")
+        raise TransportFault("connect", ascii(url[:200]), "only https addresses are asked; check ACME_DIRECTORY_URL")
 
 
 @dataclass(frozen=True, slots=True)
