@@ -1,0 +1,1 @@
+"""ACME certificate automation for a fleet of reverse proxies."""

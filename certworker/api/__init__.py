@@ -1,0 +1,1 @@
+"""HTTP entrance for operators: health, readiness, metrics."""

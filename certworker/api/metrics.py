@@ -1,0 +1,64 @@
+"""What `/metrics` shows, read from facts when it is asked for: nothing here keeps counts of its own."""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+
+class Facts(Protocol):
+    """Where the figures come from; `service` implements it."""
+
+    def now(self) -> datetime:
+        """Return the present instant."""
+
+    def last_scan_at(self) -> datetime | None:
+        """Return when a scan last finished; raises StoreError when the database does not answer."""
+
+    def issuances_in_flight(self) -> int:
+        """Return how many issuances this worker holds."""
+
+    def counts(self) -> Mapping[str, Mapping[str, int]]:
+        """Return rows by status: `certificates`, `policies`, `issuances`."""
+
+    def step_errors(self) -> Mapping[str, int]:
+        """Return how often each step failed."""
+
+    def challenge_answers(self) -> Mapping[str, int]:
+        """Return the responder's answers by kind."""
+
+
+class FactsCollector(Collector):
+    """Turns facts into metric families."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        in_flight = GaugeMetricFamily("certworker_issuances_in_flight", "Issuances this worker holds")
+        in_flight.add_metric([], self._facts.issuances_in_flight())
+        yield in_flight
+        for table, by_status in self._facts.counts().items():
+            family = GaugeMetricFamily(f"certworker_{table}", f"Rows of {table} by status", labels=["status"])
+            for status, count in sorted(by_status.items()):
+                family.add_metric([status], count)
+            yield family
+        yield _counter("certworker_step_errors", "Steps that ended with an error", "step", self._facts.step_errors())
+        answers = self._facts.challenge_answers()
+        yield _counter("certworker_challenge_answers", "Answers of the HTTP-01 responder", "kind", answers)
+        last = self._facts.last_scan_at()
+        scanned = GaugeMetricFamily("certworker_last_scan_timestamp_seconds", "When a scan last finished")
+        scanned.add_metric([], 0 if last is None else last.timestamp())
+        yield scanned
+
+
+def _counter(name: str, help_text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, help_text, labels=[label])
+    for value, count in sorted(values.items()):
+        family.add_metric([value], count)
+    return family

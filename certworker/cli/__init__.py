@@ -1,0 +1,1 @@
+"""Entrance for people: data on stdout, progress on stderr, one exit code each."""

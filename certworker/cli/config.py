@@ -1,0 +1,122 @@
+"""`config`: the gateway's tables as one document."""
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+import tomli_w
+import yaml
+
+from certworker import wiring
+from certworker.cli.main import settings_of
+from certworker.cli.output import json_option, print_json
+from certworker.core.document import complete
+from certworker.core.gateway import build
+from certworker.errors import InputError
+from certworker.store import audit, gateway
+from certworker.store.database import Transaction
+from certworker.store.rows import new_id
+from certworker.wiring import App
+
+_LARGEST = 10 * 1024 * 1024
+
+
+@click.group()
+def config() -> None:
+    """The gateway's tables as one document."""
+
+
+@config.command()
+@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
+@json_option
+@click.pass_context
+def apply(ctx: click.Context, file: Path, as_json: bool) -> None:
+    """Make the tables that FILE (TOML, YAML or JSON; - for standard input) names hold exactly its rows.
+
+    Tables it does not name stay as they are. Anything wrong in it changes nothing.
+    """
+    document = _read(file)
+    app = wiring.open_app(settings_of(ctx))
+    changed = app.db.write(lambda tx: _apply(tx, app, document))
+    app.close()
+    if as_json:
+        print_json({"changed": changed})
+    else:
+        click.echo(", ".join(f"{table}: {count} changed" for table, count in changed.items()) or "nothing named")
+
+
+@config.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
+@click.option(
+    "--format", "form", type=click.Choice(["toml", "yaml", "json"]), help="Default: by FILE's ending, else TOML."
+)
+@click.pass_context
+def export(ctx: click.Context, file: Path | None, form: str | None) -> None:
+    """Print the tables, or write them to FILE, as `apply` reads them."""
+    app = wiring.open_app(settings_of(ctx))
+    document = app.db.read(gateway.export)
+    app.close()
+    text = _print(document, form or _form_of(file))
+    if file is None:
+        sys.stdout.write(text)
+    else:
+        file.write_text(text)
+
+
+def _apply(tx: Transaction, app: App, document: dict[str, Any]) -> dict[str, int]:
+    rows = complete(document, gateway.export(tx), new_id, private_ca=app.settings.acme_private_ca)
+    now = app.clock()
+    changed = gateway.replace(tx, rows, now)
+    faults = build(gateway.read(tx), app.defaults).faults
+    if faults:
+        raise InputError("; ".join(str(fault) for fault in faults[:5]))  # rolls the transaction back
+    if any(changed.values()):
+        audit.record(tx, "config.applied", {"changed": changed}, now, actor="operator")
+    return changed
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = sys.stdin.read(_LARGEST + 1) if str(file) == "-" else file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from None
+    if len(content) > _LARGEST:
+        raise InputError(f"{file}: is larger than {_LARGEST} bytes")
+    form = _form_of(file)
+    try:
+        document = _parse(content, form)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{file}: is not {form.upper()}: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{file}: must hold tables by name")
+    return document
+
+
+def _parse(content: str, form: str) -> Any:
+    match form:
+        case "toml":
+            return tomllib.loads(content)
+        case "yaml":
+            return yaml.safe_load(content)
+        case _:
+            return json.loads(content)
+
+
+def _form_of(file: Path | None) -> str:
+    suffix = "" if file is None else file.suffix.lower()
+    return {".json": "json", ".yaml": "yaml", ".yml": "yaml"}.get(suffix, "toml")
+
+
+def _print(document: dict[str, Any], form: str) -> str:
+    if form == "json":
+        return json.dumps(document, indent=2) + "\n"
+    if form == "yaml":
+        return str(yaml.safe_dump(document, sort_keys=False))
+    # TOML has no null: a column that is left out is null.
+    rows = {
+        name: [{k: v for k, v in row.items() if v is not None} for row in table] for name, table in document.items()
+    }
+    return tomli_w.dumps(rows)

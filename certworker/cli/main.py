@@ -1,0 +1,88 @@
+"""`certworker`: the command line.
+
+Exit codes: 0 done or nothing to do, 1 something failed (the rest was done), 2 wrong use or settings,
+3 the embedded database is held by another process, 130 interrupted. Commands are imported when they are
+called: a short one does not pay for what a long one needs.
+"""
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from certworker.errors import CertworkerError
+from certworker.settings import Settings, load
+
+_COMMANDS = {
+    "init": ("setup", "Make data folder, database and key-encryption key; safe to repeat."),
+    "db": ("setup", "Migrations: bring the schema up to date, check that it fits."),
+    "run": ("run", "The service: scheduler, issuers, responder, API; SIGTERM drains within 30 s."),
+    "renew": ("renew", "One shot: everything due, or the names given."),
+    "policy": ("policy", "TLS policies: which names are wanted."),
+    "config": ("config", "The gateway's tables as one document."),
+    "status": ("status", "Where everything stands."),
+    "demo": ("demo", "The main job on Pebble and HAProxy on this machine."),
+}
+
+
+class _Commands(click.Group):
+    """A group whose commands live in modules that are imported when they are needed."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"certworker.cli.{_COMMANDS[name][0]}"), name)
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("certworker"), prog_name="certworker")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Settings as TOML; CERTWORKER_<NAME> in the environment wins over it.",
+)
+@click.pass_context
+def cli(ctx: click.Context, config_file: Path | None) -> None:
+    """ACME certificate automation for a fleet of reverse proxies."""
+    ctx.obj = config_file
+
+
+def settings_of(ctx: click.Context) -> Settings:
+    """Read the settings for a command."""
+    return load(config_file=ctx.find_root().obj)
+
+
+def main() -> None:
+    """Run a command and end the process with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command and return its exit code; every known error is one line on stderr."""
+    try:
+        result = cli.main(arguments, prog_name="certworker", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except CertworkerError as error:
+        click.echo(f"certworker: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return result if isinstance(result, int) else 0

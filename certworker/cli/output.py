@@ -1,0 +1,40 @@
+"""What commands share: JSON or text on stdout, tables, times as people read them."""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document; instants as ISO 8601."""
+    click.echo(json.dumps(document, indent=2, default=_plain, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table for people; long cells are folded, never cut."""
+    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*("" if cell is None else show(cell) for cell in row))
+    Console(highlight=False, markup=False, soft_wrap=False).print(table)
+
+
+def show(cell: object) -> str:
+    """Return a value as a person reads it."""
+    if isinstance(cell, datetime):
+        return cell.strftime("%Y-%m-%d %H:%M:%SZ")
+    if isinstance(cell, list | tuple):
+        return ", ".join(map(str, cell))
+    return str(cell)
+
+
+def _plain(value: Any) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)

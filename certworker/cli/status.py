@@ -1,0 +1,119 @@
+"""`status`: where everything stands."""
+
+import json
+from typing import Any
+
+import click
+
+from certworker import wiring
+from certworker.cli.main import settings_of
+from certworker.cli.output import json_option, print_json, print_table
+from certworker.core.names import check_name
+from certworker.errors import UnknownName
+from certworker.steps.publish import FAULTS
+from certworker.steps.verify import missing
+from certworker.store import lineages, nodes, policies, report, settings_kv, versions
+from certworker.store.database import Transaction
+from certworker.wiring import App
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+@click.pass_context
+def status(ctx: click.Context, name: str | None, as_json: bool) -> None:
+    """Where everything stands: policies, certificates, nodes; or one name."""
+    settings = settings_of(ctx)
+    wanted = None if name is None else check_name(name, private_ca=True, wildcard=True)
+    app = wiring.open_app(settings)
+    document = app.db.read(lambda tx: _document(tx, app, wanted))
+    app.close()
+    if wanted is not None and not document["lineages"] and not document["policies"]:
+        raise UnknownName(f"name {name!r}: no policy wants it; see `certworker policy list`")
+    if as_json:
+        print_json(document)
+    else:
+        _print(document)
+
+
+def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
+    found = policies.list_all(tx, limit=10_000) if name is None else policies.wanting(tx, name)
+    live = nodes.live(tx, app.settings.node_silent)
+    live_names = {node.node_id for node in live}
+    unserved = {one.lineage_id: one for one in lineages.unserved(tx, "", 10_000)}
+    shown_lineages = []
+    for row in report.lineage_rows(tx, name):
+        waits = unserved.get(row["id"])
+        lacking = [] if waits is None else [why for node in live if (why := missing(waits, node))]
+        shown_lineages.append(_lineage(row, lacking))
+    published = versions.find_published(tx)
+    faults = settings_kv.find(tx, FAULTS)
+    return {
+        "policies": [
+            {"id": p.id, "names": p.domains, "mode": p.mode, "status": p.status, "paused": p.paused_at is not None,
+             "refused_names": p.refused_names or []}
+            for p in found
+        ],
+        "lineages": shown_lineages,
+        "nodes": [
+            {"node_id": node.node_id, "version_id": node.version_id, "revision": node.revision,
+             "heartbeat_at": node.heartbeat_at, "live": node.node_id in live_names, "error": node.error}
+            for node in nodes.list_all(tx)
+        ],
+        "published": None if published is None else {"id": published.id, "number": published.number},
+        "publish_faults": [] if faults is None else json.loads(faults),
+    }  # fmt: skip
+
+
+def _lineage(row: dict[str, Any], lacking: list[str]) -> dict[str, Any]:
+    return {
+        "id": row["id"], "names": row["dns_names"], "status": row["status"], "error": row["error"],
+        "next_check_at": row["next_check_at"], "served_at": row["served_at"], "not_served_by": lacking,
+        "failures": row["failures"], "issuance": row["state"], "attempt_at": row["attempt_at"],
+        "serial": row["serial"], "fingerprint_sha256": row["fingerprint"], "issuer": row["issuer"],
+        "expires_at": row["expires_at"], "certificate_status": row["certificate_status"], "renew_at": row["renew_at"],
+    }  # fmt: skip
+
+
+def _print(document: dict[str, Any]) -> None:
+    rows = [(p["names"], p["mode"], p["status"] + (" (paused)" if p["paused"] else "")) for p in document["policies"]]
+    print_table(f"{len(rows)} policies", ("names", "mode", "status"), rows)
+    for policy in document["policies"]:
+        for refused in policy["refused_names"]:
+            click.echo(f"  refused {refused['value']!r}: {refused['rule']}")
+    click.echo()
+    lines = [
+        (x["names"], x["status"], x["expires_at"], x["renew_at"] if x["issuance"] is None else f"now: {x['issuance']}",
+         _served(x, document["nodes"]))
+        for x in document["lineages"]
+    ]  # fmt: skip
+    print_table(f"{len(lines)} certificates wanted", ("names", "status", "expires", "renewal", "served"), lines)
+    for lineage in document["lineages"]:
+        if lineage["error"]:
+            _print_error(lineage)
+    if document["nodes"]:
+        click.echo()
+        heads = ("node", "live", "revision", "heartbeat", "error")
+        cells = [
+            (n["node_id"], "yes" if n["live"] else "no", n["revision"], n["heartbeat_at"], n["error"])
+            for n in document["nodes"]
+        ]
+        print_table(f"{len(cells)} nodes", heads, cells)
+    for fault in document["publish_faults"]:
+        click.echo(f"not published: {fault}")
+
+
+def _served(lineage: dict[str, Any], known: list[dict[str, Any]]) -> str:
+    if lineage["served_at"] is not None:
+        return "yes"
+    if lineage["not_served_by"]:
+        return "not yet: " + "; ".join(lineage["not_served_by"])
+    return "" if lineage["expires_at"] is None else ("not yet" if known else "no nodes")
+
+
+def _print_error(lineage: dict[str, Any]) -> None:
+    error = lineage["error"]
+    click.echo(f"\n{', '.join(lineage['names'][:5])}: {error['class']} ({error['type']})")
+    click.echo(f"  said: {error['detail']}")
+    click.echo(f"  hint: {error['hint']}")
+    click.echo(f"  next attempt: {error['retry_at']}")

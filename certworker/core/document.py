@@ -1,0 +1,180 @@
+"""The gateway's tables as one document: what a person writes becomes complete rows.
+
+    upstream_pools = [{name = "web", policy = "round_robin"}]
+    upstream_targets = [{pool_id = "web", address = "10.0.0.5:8080"}]
+
+Arrays are named as the tables, keys as the columns. A row may name another by its `name` (pools,
+listeners) or its id. A row without an id keeps the id of the row it means: a pool of the same name, a
+listener of the same port and protocol, a target of the same pool and address, a policy of the same
+domains, a route of the same listener, type, match and priority.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from certworker.core.names import check_names
+from certworker.errors import InputError
+
+Row = dict[str, Any]
+Tables = Mapping[str, list[Row]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """One table: its columns with their types, what may be left out, and what tells its rows apart."""
+
+    columns: Mapping[str, tuple[type, ...]]
+    defaults: Mapping[str, Any]
+    identity: tuple[str, ...]
+    refers: Mapping[str, str] = field(default_factory=dict)
+
+
+_SHAPES: Mapping[str, _Shape] = {
+    "upstream_pools": _Shape(
+        {"id": (str,), "name": (str,), "policy": (str,), "health_check": (dict, type(None))},
+        {"policy": "round_robin", "health_check": None},
+        ("name",),
+    ),
+    "upstream_targets": _Shape(
+        {"id": (str,), "pool_id": (str,), "address": (str,), "weight": (int,), "enabled": (bool,)},
+        {"weight": 1, "enabled": True},
+        ("pool_id", "address"),
+        {"pool_id": "upstream_pools"},
+    ),
+    "tls_policies": _Shape(
+        {"id": (str,), "mode": (str,), "domains": (list,), "shared": (bool,)},
+        {"mode": "auto", "shared": False},
+        ("mode", "domains"),
+    ),
+    "listeners": _Shape(
+        {"id": (str,), "name": (str, type(None)), "port": (int,), "protocol": (str,),
+         "tls_policy_id": (str, type(None)), "enabled": (bool,)},
+        {"name": None, "tls_policy_id": None, "enabled": True},
+        ("port", "protocol"),
+    ),
+    "routes": _Shape(
+        {"id": (str,), "listener_id": (str,), "type": (str,), "match_expr": (dict,), "priority": (int,),
+         "upstream_pool_id": (str,), "enabled": (bool,)},
+        {"type": "path", "match_expr": {}, "priority": 100, "enabled": True},
+        ("listener_id", "type", "match_expr", "priority"),
+        {"listener_id": "listeners", "upstream_pool_id": "upstream_pools"},
+    ),
+}  # fmt: skip
+
+_CHOICES = {
+    ("upstream_pools", "policy"): ("round_robin", "least_conn", "weighted"),
+    ("tls_policies", "mode"): ("auto", "manual"),
+    ("listeners", "protocol"): ("http", "https"),
+    ("routes", "type"): ("port", "path", "ws"),
+}
+
+
+def complete(document: Mapping[str, object], held: Tables, new_id: Callable[[], str], *, private_ca: bool) -> Tables:
+    """Return the document's rows with every column, id and reference; `held` are the rows that are there.
+
+    Raises InputError naming table, row (counted from 1), field, value and rule for the first fault.
+    """
+    unknown = sorted(set(document) - set(_SHAPES))
+    if unknown:
+        raise InputError(f"{unknown[0]}: there is no such table; known are {', '.join(_SHAPES)}")
+    tables: dict[str, list[Row]] = {}
+    for name, shape in _SHAPES.items():
+        if name not in document:
+            continue
+        rows = [_read_row(name, number, row) for number, row in enumerate(_rows_of(document, name), 1)]
+        for number, row in enumerate(rows, 1):
+            _resolve(name, number, row, {**held, **tables})
+            if name == "tls_policies":
+                _check_domains(number, row, private_ca)
+        _identify(name, shape, rows, held.get(name, []), new_id)
+        tables[name] = rows
+    return tables
+
+
+def _rows_of(document: Mapping[str, object], name: str) -> list[object]:
+    rows = document[name]
+    if not isinstance(rows, list):
+        raise InputError(f"{name}: must be an array of tables")
+    return rows
+
+
+def _read_row(name: str, number: int, given: object) -> Row:
+    shape, where = _SHAPES[name], f"{name} {number}"
+    if not isinstance(given, dict):
+        raise InputError(f"{where}: must be a table of columns")
+    unknown = sorted(set(given) - set(shape.columns))
+    if unknown:
+        raise InputError(f"{where}: {unknown[0]}: there is no such column; known are {', '.join(shape.columns)}")
+    row = {**shape.defaults, **given}
+    for column, types in shape.columns.items():
+        if column == "id" and column not in row:
+            continue
+        if column not in row:
+            raise InputError(f"{where}: {column}: is missing")
+        _check_type(where, column, row[column], types)
+        choices = _CHOICES.get((name, column))
+        if choices and row[column] not in choices:
+            raise InputError(f"{where}: {column} {row[column]!r}: must be one of {', '.join(choices)}")
+    return row
+
+
+def _check_type(where: str, column: str, value: object, types: tuple[type, ...]) -> None:
+    # A bool is an int to Python, not to a database.
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in types)
+        raise InputError(f"{where}: {column} {value!r}: must be {wanted}")
+    if isinstance(value, int) and abs(value) >= 2**31:
+        raise InputError(f"{where}: {column} {value!r}: is too large")
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{where}: {column} {value!r}: holds a NUL character")
+    if column == "id":
+        _check_id(where, str(value))
+
+
+def _check_id(where: str, value: str) -> None:
+    try:
+        fits = str(UUID(value)) == value
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InputError(f"{where}: id {value!r}: must be a UUID in lower case with dashes")
+
+
+def _resolve(name: str, number: int, row: Row, known: Tables) -> None:
+    """Replace names of other rows by their ids."""
+    for column, table in _SHAPES[name].refers.items():
+        named = [other for other in known.get(table, []) if row[column] in (other["id"], other.get("name"))]
+        if len(named) != 1:
+            trouble = "there is none" if not named else f"{len(named)} have this name, give an id"
+            raise InputError(f"{name} {number}: {column} {row[column]!r}: must name one of {table}; {trouble}")
+        row[column] = named[0]["id"]
+
+
+def _check_domains(number: int, row: Row, private_ca: bool) -> None:
+    manual = row["mode"] == "manual"
+    try:
+        checked = check_names(
+            row["domains"], private_ca=private_ca or manual, wildcard=manual, shared=bool(row["shared"])
+        )
+    except InputError as error:
+        raise InputError(f"tls_policies {number}: domains: {error}") from None
+    row["domains"] = list(checked)
+
+
+def _identify(name: str, shape: _Shape, rows: list[Row], held: list[Row], new_id: Callable[[], str]) -> None:
+    """Give every row its id: its own, that of the row it means, or a new one. No two rows may mean the same."""
+    by_identity = {_identity(shape, row): row["id"] for row in held}
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        if "id" not in row:
+            row["id"] = by_identity.get(_identity(shape, row)) or new_id()
+        if row["id"] in seen:
+            raise InputError(f"{name} {number}: is the same row as {name} {seen[row['id']]}")
+        seen[row["id"]] = number
+
+
+def _identity(shape: _Shape, row: Row) -> str:
+    return json.dumps([row[column] for column in shape.identity], sort_keys=True)

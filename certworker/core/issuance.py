@@ -1,0 +1,142 @@
+"""One attempt to get one certificate: its states, and the one thing that moves it forward.
+
+    queued → key_ready → order_intent → ordered → published → validating → authorized
+           → finalize_intent → finalizing → issued → downloaded → done
+    any open state → failed | cancelled
+
+Every act at the CA has a committed state before it and a committed state after it, and every input
+of the act (key, CSR, account, names) is fixed in the row by then. After a crash the CA is asked where
+the order is; whatever it says, `next_action` has an answer, so nothing is guessed and nothing is
+done twice that matters.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum, StrEnum, auto
+
+from certworker.core.order import (
+    Authorization,
+    AuthorizationStatus,
+    Challenge,
+    ChallengeStatus,
+    Order,
+    OrderStatus,
+)
+
+
+class State(StrEnum):
+    """What is committed. The comment says what happens next."""
+
+    QUEUED = "queued"  # make key and CSR
+    KEY_READY = "key_ready"  # choose the account, intend the order
+    ORDER_INTENT = "order_intent"  # newOrder
+    ORDERED = "ordered"  # read the authorizations, publish the key authorizations
+    PUBLISHED = "published"  # tell the CA to look
+    VALIDATING = "validating"  # wait for the CA
+    AUTHORIZED = "authorized"  # intend to finalize
+    FINALIZE_INTENT = "finalize_intent"  # finalize with the stored CSR
+    FINALIZING = "finalizing"  # wait for the CA
+    ISSUED = "issued"  # download
+    DOWNLOADED = "downloaded"  # activate, in one transaction
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+CLOSED = frozenset([State.DONE, State.FAILED, State.CANCELLED])
+_BEFORE_ORDER = frozenset([State.QUEUED, State.KEY_READY, State.ORDER_INTENT])
+_BEFORE_READY = frozenset([State.ORDERED, State.PUBLISHED, State.VALIDATING])
+_BEFORE_ISSUED = _BEFORE_READY | {State.AUTHORIZED, State.FINALIZE_INTENT, State.FINALIZING}
+
+
+class Action(Enum):
+    """One move: at most one act at the CA, then one commit."""
+
+    MAKE_KEY = auto()
+    INTEND_ORDER = auto()
+    PLACE_ORDER = auto()
+    LOOK = auto()
+    """Read the order; commits nothing."""
+    PUBLISH_CHALLENGES = auto()
+    ANSWER_CHALLENGES = auto()
+    NOTE_AUTHORIZED = auto()
+    INTEND_FINALIZE = auto()
+    FINALIZE = auto()
+    NOTE_ISSUED = auto()
+    DOWNLOAD = auto()
+    ACTIVATE = auto()
+    WAIT = auto()
+    """The CA is busy: look again later."""
+    EXPLAIN_FAILURE = auto()
+    """The order is dead: find out which challenge failed, and close."""
+
+
+_BEFORE_ORDER_ACTIONS = {
+    State.QUEUED: Action.MAKE_KEY,
+    State.KEY_READY: Action.INTEND_ORDER,
+    State.ORDER_INTENT: Action.PLACE_ORDER,
+}
+_PENDING_ACTIONS = {State.ORDERED: Action.PUBLISH_CHALLENGES, State.PUBLISHED: Action.ANSWER_CHALLENGES}
+
+
+def next_action(state: State, order: Order | None) -> Action:
+    """Return the one thing that moves an open issuance forward (RFC 8555 §7.1.6).
+
+    `order` is what the CA last said of it in this session, None when it was not asked yet: then, once
+    there is an order, the answer is always to look first.
+    """
+    if state in _BEFORE_ORDER:
+        return _BEFORE_ORDER_ACTIONS[state]
+    if state is State.DOWNLOADED:
+        return Action.ACTIVATE
+    if order is None:
+        return Action.LOOK
+    match order.status:
+        case OrderStatus.PENDING:
+            return _PENDING_ACTIONS.get(state, Action.WAIT)
+        case OrderStatus.READY:
+            return _when_ready(state)
+        case OrderStatus.PROCESSING | OrderStatus.UNKNOWN:
+            return Action.WAIT
+        case OrderStatus.VALID:
+            return Action.NOTE_ISSUED if state in _BEFORE_ISSUED else Action.DOWNLOAD
+        case OrderStatus.INVALID:
+            return Action.EXPLAIN_FAILURE
+
+
+def _when_ready(state: State) -> Action:
+    if state in _BEFORE_READY:
+        return Action.NOTE_AUTHORIZED
+    # `ready` after a finalize that was accepted: the CA lost it; the same CSR makes it harmless.
+    return Action.INTEND_FINALIZE if state is State.AUTHORIZED else Action.FINALIZE
+
+
+def unproved(authorizations: tuple[Authorization, ...]) -> tuple[Authorization, ...]:
+    """Return those that need a key authorization published: pending ones, whatever their challenge does."""
+    return tuple(a for a in authorizations if a.status is AuthorizationStatus.PENDING)
+
+
+def to_answer(authorizations: tuple[Authorization, ...]) -> tuple[Challenge, ...]:
+    """Return the challenges the CA has not been told of: a second answer would be an error."""
+    challenges = (a.http01() for a in unproved(authorizations))
+    return tuple(c for c in challenges if c is not None and c.status is ChallengeStatus.PENDING)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How often the CA is asked while it works, when it does not say so itself."""
+
+    first: timedelta = timedelta(milliseconds=250)
+    longest: timedelta = timedelta(seconds=30)
+    growth: float = 1.6
+
+
+SHORTEST_WAIT = timedelta(milliseconds=50)
+LONGEST_WAIT = timedelta(seconds=60)
+
+
+def wait_for(retry_after: timedelta | None, looks: int, patience: Patience = Patience()) -> timedelta:
+    """Return how long to wait before look number `looks` + 1 (RFC 8555 §7.5.1: Retry-After)."""
+    if retry_after is not None:
+        return min(max(retry_after, SHORTEST_WAIT), LONGEST_WAIT)
+    return min(patience.first * patience.growth**looks, patience.longest)

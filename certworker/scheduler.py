@@ -1,0 +1,69 @@
+"""The timetable: which step runs how often. The only user of APScheduler, and only its clock.
+
+Nothing that must happen once is decided by a timer: a step that runs late, twice, or in several
+workers at a time finds in the database what there is to do.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.background import BackgroundScheduler
+
+_log = logging.getLogger(__name__)
+
+_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One step and its interval; it runs first at the start."""
+
+    name: str
+    step: Callable[[], object]
+    every: timedelta
+
+
+class Timetable:
+    """Runs jobs until stopped; one that is still running is not started again."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.errors: dict[str, int] = {job.name: 0 for job in jobs}
+        """How often each job ended with an exception."""
+        self._scheduler = BackgroundScheduler(
+            timezone=UTC,
+            executors={"default": ThreadPoolExecutor(_THREADS)},
+            # The library's own default drops a job that is a second late.
+            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
+        )
+        self._scheduler.add_listener(self._note, EVENT_JOB_ERROR | EVENT_JOB_MISSED | EVENT_JOB_MAX_INSTANCES)
+        for job in jobs:
+            self._scheduler.add_job(
+                job.step, "interval", seconds=job.every.total_seconds(), id=job.name, next_run_time=datetime.now(UTC)
+            )
+
+    def start(self) -> None:
+        """Start the clock."""
+        # Its own loggers would say in several lines what `_note` says in one.
+        logging.getLogger("apscheduler").setLevel(logging.CRITICAL)
+        self._scheduler.start()
+
+    def stop(self) -> None:
+        """Start nothing more, and wait for what runs."""
+        self._scheduler.shutdown(wait=True)
+
+    def run_soon(self, name: str) -> None:
+        """Run a job as soon as a thread is free, without waiting for its time."""
+        self._scheduler.modify_job(name, next_run_time=datetime.now(UTC))
+
+    def _note(self, event: JobEvent) -> None:
+        if event.code == EVENT_JOB_ERROR:
+            self.errors[event.job_id] = self.errors.get(event.job_id, 0) + 1
+            _log.error("step.failed", extra={"step": event.job_id, "error": str(event.exception)})
+        elif event.code == EVENT_JOB_MISSED:
+            _log.warning("step.missed", extra={"step": event.job_id})
+        else:
+            _log.debug("step.still_running", extra={"step": event.job_id})

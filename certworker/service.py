@@ -1,0 +1,244 @@
+"""`certworker run`: the parts in motion, from the first claim to the last.
+
+Each part is started and stopped here, in an order that loses nothing: at the end no step starts, the
+issuers finish the action under way and give their leases back, and the responder goes last, because a
+CA may still be looking.
+"""
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from importlib.metadata import version
+
+from certworker import wiring
+from certworker.api.server import ApiServer
+from certworker.core.issuance import State
+from certworker.errors import CertworkerError
+from certworker.node.agent import Agent
+from certworker.scheduler import Job, Timetable
+from certworker.steps.crew import Crew
+from certworker.steps.expire import expire
+from certworker.steps.issue import Session
+from certworker.steps.publish import publish, publish_changes
+from certworker.steps.reap import reap
+from certworker.steps.reconcile import reconcile
+from certworker.steps.scan import scan
+from certworker.steps.verify import verify
+from certworker.store import issuances, report, settings_kv, workers
+from certworker.store.database import Transaction
+from certworker.store.rows import new_id
+from certworker.wiring import App
+
+_log = logging.getLogger(__name__)
+
+_REAP = timedelta(minutes=10)
+_EXPIRE = timedelta(seconds=30)
+_NODE = timedelta(seconds=5)
+"""How often the embedded node looks for what nobody announced."""
+_LOOK = timedelta(seconds=2)
+"""How often the notes of changed rows are read: an empty look is one index probe."""
+
+
+class Service:
+    """One worker: claims, issues, answers, publishes, until stopped."""
+
+    def __init__(self, app: App, moved: Callable[[Session], None] | None = None) -> None:
+        self._app = app
+        self._moved_hook = moved
+        self._worker_id = new_id()
+        self._role = wiring.take_role(app)
+        self._announced = False
+        try:
+            self._bench = wiring.make_bench(app, self._moved)
+            self._crew = Crew(self._bench, self._worker_id, app.settings.concurrency)
+            self._responder = wiring.make_responder(app, self._crew.fetched)
+            self._node = EmbeddedNode(agent) if (agent := wiring.make_agent(app)) is not None else None
+            self._timetable = Timetable(self._jobs())
+            self._api = ApiServer(app.settings.api_listen, self, app.settings.scan_interval)
+        except BaseException:
+            if self._role is not None:
+                self._role.give_up()
+            raise
+
+    def start(self) -> None:
+        """Start everything; what cannot be had (a port, say) is one clear error, and nothing is left running."""
+        try:
+            self._responder.start()
+            self._api.start()
+            self._app.db.write(self._enter)
+            self._announced = True
+            self.pass_once()
+            if self._node is not None:
+                self._node.start()
+            self._crew.start()
+            self._timetable.start()
+        except BaseException:
+            self.stop()
+            raise
+        _log.info("service.started", extra={"worker": self._worker_id, "pid": os.getpid()})
+
+    def pass_once(self) -> None:
+        """Take over and queue what there is to do now: reconcile, publish, expire, scan."""
+        self._reconcile()
+        if self._app.settings.auto_publish == "on":
+            self._publish(always=True)
+        self._expire()
+        self._scan()
+
+    def stop(self) -> None:
+        """Drain and stop, in well under 30 s; repeating it is harmless."""
+        _log.info("service.stopping", extra={"worker": self._worker_id})
+        self._timetable.stop()
+        self._crew.stop()
+        if self._node is not None:
+            self._node.stop()
+        self._responder.stop()
+        self._api.stop()
+        if self._announced:
+            self._app.db.write(lambda tx: workers.leave(tx, self._worker_id))
+            self._announced = False
+        if self._role is not None:
+            self._role.give_up()
+
+    # -- steps ----------------------------------------------------------------------------------------
+
+    def _jobs(self) -> list[Job]:
+        interval = self._app.settings.scan_interval
+        jobs = [
+            Job("reconcile", self._reconcile, min(_LOOK, interval)),
+            Job("scan", self._scan, interval),
+            Job("expire", self._expire, min(_EXPIRE, interval)),
+            Job("verify", self._verify, min(_LOOK, interval)),
+            Job("reap", lambda: reap(self._app.db, self._app.clock), _REAP),
+        ]
+        if self._app.settings.auto_publish == "on":
+            jobs.append(Job("publish", self._publish, min(_LOOK, interval)))
+        return jobs
+
+    def _reconcile(self) -> None:
+        if reconcile(self._app.db, self._app.clock, self._app.wanted, self._app.sealer):
+            self._scan()
+
+    def _scan(self) -> None:
+        report = scan(self._app.db, self._app.clock)
+        if report.queued:
+            _log.info("scan.queued", extra={"due": report.looked_at, "queued": report.queued})
+            self._crew.poke()
+
+    def _expire(self) -> None:
+        count = expire(self._app.db, self._app.clock)
+        if count:
+            _log.warning("certificates.expired", extra={"count": count})
+
+    def _publish(self, always: bool = False) -> None:
+        db, clock, defaults = self._app.db, self._app.clock, self._app.defaults
+        done = publish(db, clock, defaults) if always else publish_changes(db, clock, defaults)
+        if done is None:
+            return
+        for fault in done.faults:
+            _log.error("publish.refused", extra={"fault": str(fault)})
+        if done.version is not None and not done.faults:
+            _log.info("version.published", extra={"number": done.version.number})
+        if self._node is not None:
+            self._node.poke()
+
+    def _verify(self) -> None:
+        served = verify(self._app.db, self._app.clock, self._app.settings.node_silent)
+        if served:
+            _log.info("certificates.served", extra={"count": served})
+
+    # -- facts for the API (api.metrics.Facts) ----------------------------------------------------------
+
+    def now(self) -> datetime:
+        return self._app.clock()
+
+    def last_scan_at(self) -> datetime | None:
+        last = self._app.db.read(lambda tx: settings_kv.find(tx, settings_kv.LAST_SCAN_AT))
+        return None if last is None else datetime.fromisoformat(last)
+
+    def issuances_in_flight(self) -> int:
+        return self._crew.in_flight
+
+    def counts(self) -> Mapping[str, Mapping[str, int]]:
+        return self._app.db.read(report.counts)
+
+    def step_errors(self) -> Mapping[str, int]:
+        return dict(self._timetable.errors)
+
+    def challenge_answers(self) -> Mapping[str, int]:
+        return asdict(self._responder.counters)
+
+    # -- events ---------------------------------------------------------------------------------------
+
+    def _moved(self, session: Session) -> None:
+        row = session.issuance
+        fields = {"names": session.lineage.dns_names[:3], "issuance": row.id, "state": row.state}
+        if row.error is not None:
+            fields |= {"class": row.error["class"], "detail": row.error["detail"], "retry_at": row.error["retry_at"]}
+            _log.warning("issuance.trouble", extra=fields)
+        elif session.wait_until is None:
+            _log.info(f"issuance.{row.state}", extra=fields)
+        if row.state == State.DONE and self._node is not None:
+            self._node.poke()
+        if self._moved_hook is not None:
+            self._moved_hook(session)
+
+    def _enter(self, tx: Transaction) -> None:
+        if self._role is not None:
+            # We alone hold the role, so whoever else is in the database is dead.
+            workers.bury(tx, everybody=True)
+            issuances.free_leases(tx)
+        workers.enter(tx, self._worker_id, socket.gethostname(), os.getpid(), version("certworker"))
+
+
+class EmbeddedNode:
+    """The agent of this machine's proxy, in a thread of its own."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._wake = threading.Event()
+        self._stopping = False
+        self._said: str | None = None
+        self._thread = threading.Thread(target=self._run, name="node", daemon=True)
+
+    def start(self) -> None:
+        """Take the first step here, so that the listeners are up before the first challenge; then go on."""
+        self._step()
+        self._thread.start()
+
+    def poke(self) -> None:
+        """Look now."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread and the proxy that it manages."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(25)
+        self._agent.stop()
+        self._agent.close()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.wait(_NODE.total_seconds())
+            self._wake.clear()
+            if not self._stopping:
+                self._step()
+
+    def _step(self) -> None:
+        try:
+            error = self._agent.step().error
+        except CertworkerError as fault:
+            error = str(fault)
+        except Exception as fault:  # noqa: BLE001 - the thread must outlive what it met
+            _log.exception("node.bug")
+            error = repr(fault)
+        if error != self._said:
+            self._said = error
+            if error is not None:
+                _log.error("node.trouble", extra={"error": error})

@@ -1,0 +1,197 @@
+"""Threads that work on issuances.
+
+A worker holds the leases of the issuances it has in flight and keeps them alive together. An issuance
+that waits for the CA holds no thread: it is an entry in a list, until its time or until the responder
+saw the CA fetch its token. A wait that is longer than a lease is given back to the database.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+from certworker.errors import LeaseLost, StoreError
+from certworker.steps.issue import LONGEST_HOLD, Bench, Session, advance, give_back, open_session, put_off_bug
+from certworker.store import issuances, workers
+from certworker.store.issuances import Issuance
+
+_log = logging.getLogger(__name__)
+
+_MOST_THREADS = 16
+"""More only wait for each other: the CA's answers are what takes time, and waiting holds no thread."""
+_POLL = timedelta(seconds=5)
+"""How often the database is asked for work that nobody announced."""
+_AFTER_FETCH = timedelta(milliseconds=100)
+"""CAs fetch a token several times; after the last fetch of a burst the CA is asked what it thinks."""
+
+
+class Crew:
+    """Works on every issuance that is due, or (`only`) on the given ones, until stopped."""
+
+    def __init__(self, bench: Bench, worker_id: str, concurrency: int, only: list[str] | None = None) -> None:
+        self._bench = bench
+        self._worker_id = worker_id
+        self._concurrency = concurrency
+        self._only = only
+        self._changed = threading.Condition()
+        self._waiting: list[Session] = []
+        self._in_work = 0
+        self._claim_at: datetime | None = None
+        """When the database is asked for work again; None: now."""
+        self._claiming = False
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        targets: list[tuple[str, Callable[[], None]]] = [("leases", self._keep_leases)]
+        targets += [(f"issuer-{n}", self._work) for n in range(min(self._concurrency, _MOST_THREADS))]
+        self._threads = [threading.Thread(target=target, name=name, daemon=True) for name, target in targets]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, within: timedelta = timedelta(seconds=25)) -> bool:
+        """Finish the actions under way, give every lease back; return whether all ended in time."""
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        share = within / max(len(self._threads), 1)
+        for thread in self._threads:
+            thread.join(max(share.total_seconds(), 1.0))
+        ended = not any(thread.is_alive() for thread in self._threads)
+        self._bench.db.write(lambda tx: issuances.free_leases(tx, self._worker_id))
+        return ended
+
+    def poke(self) -> None:
+        """Ask the database for work now: something was queued."""
+        with self._changed:
+            self._claim_at = None
+            self._changed.notify_all()
+
+    def fetched(self, token: str) -> None:
+        """Look soon at the issuance whose token the CA has just fetched."""
+        with self._changed:
+            for session in self._waiting:
+                if token in session.tokens:
+                    session.wait_until = min(self._until(session), self._bench.clock() + _AFTER_FETCH)
+                    self._changed.notify()
+
+    @property
+    def in_flight(self) -> int:
+        """How many issuances this worker holds."""
+        with self._changed:
+            return self._in_work + len(self._waiting)
+
+    # -- threads --------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                session = self._next()
+                if session is not None:
+                    self._move(session)
+            except StoreError as error:
+                _log.warning("issuers.database", extra={"error": str(error)})
+                self._stopping.wait(1)
+            except Exception:  # noqa: BLE001
+                # The thread must outlive whatever it met; the issuance is claimed again when its lease ends.
+                _log.exception("issuers.bug")
+                self._stopping.wait(1)
+
+    def _next(self) -> Session | None:
+        """Return a session to move, claiming new ones when there is room; None when the wait was cut short."""
+        with self._changed:
+            now = self._bench.clock()
+            due = [session for session in self._waiting if self._until(session) <= now]
+            if due:
+                session = min(due, key=self._until)
+                self._waiting.remove(session)
+                self._in_work += 1
+                return session
+            if not self._may_claim(now):
+                self._changed.wait(self._pause(now).total_seconds())
+                return None
+            self._claiming = True
+            room = self._concurrency - self._in_work - len(self._waiting)
+        self._claim(now, room)
+        return None
+
+    def _claim(self, now: datetime, room: int) -> None:
+        db, claimed, claim_at = self._bench.db, list[Issuance](), now + _POLL
+        try:
+            claimed = db.write(lambda tx: issuances.claim(tx, self._worker_id, now, room, self._only))
+            if len(claimed) < room:
+                upcoming = db.read(issuances.next_attempt_at)
+                claim_at = claim_at if upcoming is None else min(claim_at, max(upcoming, now + _AFTER_FETCH))
+            sessions = [open_session(db, issuance) for issuance in claimed]
+        finally:
+            with self._changed:
+                self._claiming = False
+                self._claim_at = claim_at
+                self._changed.notify_all()
+        with self._changed:
+            self._waiting.extend(sessions)
+            if len(claimed) == room:
+                self._claim_at = None
+            self._changed.notify_all()
+
+    def _move(self, session: Session) -> None:
+        """Move one session until it waits or ends."""
+        kept = False
+        try:
+            while session.issuance.is_open and not self._stopping.is_set():
+                self._advance(session)
+                if session.wait_until is not None:
+                    break
+            kept = self._keeps(session)
+        except LeaseLost as error:
+            _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id, "error": str(error)})
+        finally:
+            with self._changed:
+                self._in_work -= 1
+                if kept:
+                    self._waiting.append(session)
+                self._changed.notify_all()
+
+    def _advance(self, session: Session) -> None:
+        try:
+            advance(self._bench, session)
+        except (LeaseLost, StoreError):
+            raise
+        except Exception as error:  # noqa: BLE001 - one strange issuance must not stop the others
+            _log.exception("issuance.bug", extra={"issuance": session.issuance.id})
+            put_off_bug(self._bench, session, f"{type(error).__name__} in state {session.issuance.state}")
+
+    def _keeps(self, session: Session) -> bool:
+        """Say whether the session stays with this worker; one that waits for long is given back."""
+        if not session.issuance.is_open or session.issuance.lease_owner is None or session.wait_until is None:
+            return False
+        if session.wait_until - self._bench.clock() <= LONGEST_HOLD:
+            return True
+        give_back(self._bench, session, session.wait_until)
+        return False
+
+    def _keep_leases(self) -> None:
+        db = self._bench.db
+        while not self._stopping.wait(issuances.HEARTBEAT.total_seconds()):
+            try:
+                db.write(lambda tx: issuances.extend_leases(tx, self._worker_id))
+                db.write(lambda tx: workers.beat(tx, self._worker_id))
+            except StoreError as error:
+                _log.warning("leases.database", extra={"error": str(error)})
+
+    # -- with the lock held ---------------------------------------------------------------------------
+
+    def _may_claim(self, now: datetime) -> bool:
+        room = self._concurrency - self._in_work - len(self._waiting)
+        return not self._claiming and room > 0 and (self._claim_at is None or self._claim_at <= now)
+
+    def _pause(self, now: datetime) -> timedelta:
+        moments = [self._until(session) for session in self._waiting]
+        if self._claim_at is not None and not self._claiming:
+            moments.append(self._claim_at)
+        longest = now + _POLL
+        return max(min([*moments, longest]) - now, timedelta(milliseconds=1))
+
+    def _until(self, session: Session) -> datetime:
+        return session.wait_until or session.issuance.attempt_at

@@ -1,0 +1,158 @@
+"""Policies become lineages; what other programs wrote is taken over.
+
+Works off the notes that the triggers left, in order, one row per transaction, so that one strange row
+holds up no other. A change of CA, profile or key type, and every SWEEP, notes all policies again, a
+page at a time.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
+
+from certworker.clock import Clock
+from certworker.core.certificate import normalise_pair, read_leaf
+from certworker.core.names import MAX_NAMES, check_name
+from certworker.errors import ChainRefused, InputError, NameRefused, SealError
+from certworker.store import certificates, changes, issuances, lineages, policies, settings_kv
+from certworker.store.database import Database
+from certworker.store.lineages import Issuer
+from certworker.store.policies import Policy
+from certworker.store.seal import Sealer
+
+SWEEP = timedelta(hours=1)
+_PAGE = 200
+_SWEEP_AFTER = "sweep_after"
+"""settings_kv: the id after which a sweep goes on; absent while none is under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What certificates are made for: the issuer of new ones, and which names it may be asked for."""
+
+    issuer: Issuer
+    private_ca: bool
+
+
+def reconcile(db: Database, clock: Clock, wanted: Wanted, sealer: Sealer) -> int:
+    """Take over everything that was noted; return how many rows were looked at."""
+    _sweep(db, clock, wanted)
+    looked_at = 0
+    while True:
+        policy_ids = db.write(lambda tx: _take_policies(tx, wanted, clock()))
+        certificate_ids = db.write(lambda tx: _take_certificates(tx, sealer, clock()))
+        looked_at += policy_ids + certificate_ids
+        if not policy_ids and not certificate_ids:
+            return looked_at
+
+
+def settle(tx: Connection, lineage_id: str, now: datetime) -> None:
+    """Give a lineage its place in the scan: due when it is wanted, out of it when it is not."""
+    lineage = lineages.lock(tx, lineage_id)
+    if lineage is None:
+        return
+    if not lineages.is_wanted(tx, lineage_id):
+        lineages.set_next_check(tx, lineage_id, None, now)
+        issuances.cancel_unclaimed(tx, lineage_id, now)
+    elif lineage.next_check_at is None:
+        lineages.set_next_check(tx, lineage_id, now, now)
+
+
+def refused_names(policy: Policy, wanted: Wanted) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the names of a policy that can be ordered, and the others with the rule they break."""
+    accepted: dict[str, None] = {}
+    refused = []
+    for value in policy.domains:
+        try:
+            accepted[check_name(value, private_ca=wanted.private_ca)] = None
+        except NameRefused as error:
+            refused.append({"value": error.value, "rule": error.rule})
+    if policy.shared and len(accepted) > MAX_NAMES:
+        rule = f"one shared certificate has at most {MAX_NAMES} names"
+        return [], [{"value": f"{len(accepted)} names", "rule": rule}, *refused]
+    if not policy.domains:
+        refused.append({"value": "", "rule": "the policy names no domains"})
+    return list(accepted), refused
+
+
+def _take_policies(tx: Connection, wanted: Wanted, now: datetime) -> int:
+    policy_ids = changes.take(tx, changes.POLICY, 1)
+    for policy_id in policy_ids:
+        _take_policy(tx, policy_id, wanted, now)
+    return len(policy_ids)
+
+
+def _take_policy(tx: Connection, policy_id: str, wanted: Wanted, now: datetime) -> None:
+    policy = policies.find(tx, policy_id)
+    names: list[str] = []
+    if policy is not None and policy.mode == "auto":
+        names, refused = refused_names(policy, wanted)
+        policies.record_refused(tx, policy_id, refused, now)
+    elif policy is not None:
+        policies.record_refused(tx, policy_id, [], now)
+    groups = [names] if names and policy is not None and policy.shared else [[name] for name in names]
+    wanted_ids = [lineages.find_or_add(tx, group, wanted.issuer, now) for group in groups]
+    changed = lineages.link(tx, policy_id, wanted_ids)
+    for lineage_id in sorted({*wanted_ids, *changed}):
+        settle(tx, lineage_id, now)
+    policies.refresh_status(tx, policy_id, now)
+
+
+def _take_certificates(tx: Connection, sealer: Sealer, now: datetime) -> int:
+    certificate_ids = changes.take(tx, changes.CERTIFICATE, 1)
+    for certificate_id in certificate_ids:
+        _take_certificate(tx, certificate_id, sealer, now)
+    return len(certificate_ids)
+
+
+def _take_certificate(tx: Connection, certificate_id: str, sealer: Sealer, now: datetime) -> None:
+    certificate = certificates.find(tx, certificate_id)
+    if certificate is None:
+        certificates.record_removed(tx, certificate_id, now)
+        lineage_id = lineages.having_certificate(tx, certificate_id)
+        if lineage_id is not None:
+            lineages.forget_certificate(tx, lineage_id, now)
+            lineages.set_next_check(tx, lineage_id, now, now)
+            settle(tx, lineage_id, now)
+        return
+    place = {"table": "certificates", "column": "key_pem", "row_id": certificate_id}
+    try:
+        _, key_pem = normalise_pair(certificate.cert_pem, sealer.open(certificate.key_pem, **place))
+        leaf = read_leaf(certificate.cert_pem)
+    except (InputError, ChainRefused, SealError) as error:
+        certificates.flip(tx, certificate, "error", str(error), now)
+    else:
+        status = "active" if leaf.validity.not_after > now else "expired"
+        certificates.describe(tx, certificate_id, leaf, sealer.seal(key_pem, **place), now, status=status)
+    for policy in policies.wanting(tx, certificate.domain):
+        policies.refresh_status(tx, policy.id, now)
+
+
+def _sweep(db: Database, clock: Clock, wanted: Wanted) -> None:
+    """Note a page of policies again if a sweep is due or under way."""
+
+    def note_page(tx: Connection) -> None:
+        now = clock()
+        after = settings_kv.find(tx, _SWEEP_AFTER)
+        if after is None and not _sweep_due(tx, wanted, now):
+            return
+        page = policies.list_all(tx, after=after or "", limit=_PAGE)
+        changes.note(tx, changes.POLICY, [policy.id for policy in page])
+        if len(page) == _PAGE:
+            settings_kv.put(tx, _SWEEP_AFTER, page[-1].id)
+        else:
+            settings_kv.forget(tx, _SWEEP_AFTER)
+
+    db.write(note_page)
+
+
+def _sweep_due(tx: Connection, wanted: Wanted, now: datetime) -> bool:
+    asked = wanted.issuer
+    issuer = "|".join([asked.directory_url, asked.profile, asked.key_type, str(wanted.private_ca)])
+    last = settings_kv.find(tx, settings_kv.LAST_SWEEP_AT)
+    fresh = last is not None and now - datetime.fromisoformat(last) < SWEEP
+    if fresh and settings_kv.find(tx, settings_kv.ISSUER) == issuer:
+        return False
+    settings_kv.put(tx, settings_kv.ISSUER, issuer)
+    settings_kv.put(tx, settings_kv.LAST_SWEEP_AT, now.isoformat())
+    return True

@@ -1,0 +1,205 @@
+"""A person asks for renewals: requests are issuances, whoever then works on them.
+
+`request` queues, `Progress` tells how far they are. Nothing here talks to a CA, so a command may ask the
+running service by rows and wait.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from certworker.clock import Clock
+from certworker.core.issuance import State
+from certworker.core.names import check_name
+from certworker.core.renewal import Reason, Renew, decide_renewal
+from certworker.errors import UnknownName
+from certworker.steps import scan
+from certworker.store import certificates, issuances, lineages
+from certworker.store.database import Database
+from certworker.store.issuances import Issuance
+from certworker.store.lineages import Lineage
+
+_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One lineage that is being renewed."""
+
+    lineage_id: str
+    dns_names: tuple[str, ...]
+    issuance_id: str
+
+    @property
+    def name(self) -> str:
+        return self.dns_names[0]
+
+
+@dataclass(slots=True)
+class Request:
+    """What was asked for."""
+
+    tickets: list[Ticket] = field(default_factory=list)
+    would_renew: list[tuple[str, str]] = field(default_factory=list)
+    """(name, reason), for a dry run."""
+    unchanged: int = 0
+    """Named, but not due."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one ticket stands."""
+
+    ticket: Ticket
+    result: str
+    """`renewed`, `failed` or `waiting`."""
+    error: dict[str, Any] | None = None
+    serial: str | None = None
+    fingerprint: str | None = None
+    expires_at: datetime | None = None
+    served: bool | None = None
+    """True when every live node proved it; None without nodes, or when there is nothing to serve."""
+    attempt_at: datetime | None = None
+    """When a waiting one is tried again."""
+
+    def document(self) -> dict[str, Any]:
+        """Return it as `renew --json` shows it."""
+        shown: dict[str, Any] = {"name": self.ticket.name, "lineage_id": self.ticket.lineage_id, "served": self.served}
+        if self.result == "renewed":
+            expires_at = None if self.expires_at is None else self.expires_at.isoformat()
+            shown |= {"serial": self.serial, "expires_at": expires_at, "fingerprint_sha256": self.fingerprint}
+        elif self.error is not None:
+            shown["error"] = {key: self.error.get(key) for key in ("class", "type", "detail", "retry_at", "hint")}
+        return shown
+
+
+def request(
+    db: Database, clock: Clock, names: Sequence[str], *, force: bool, dry_run: bool, private_ca: bool
+) -> Request:
+    """Queue what is due, or of `names` what is due (all of them with `force`).
+
+    Raises UnknownName, before anything is queued, for a name that no policy wants.
+    """
+    if not names:
+        return _request_due(db, clock, force=force, dry_run=dry_run)
+    wanted = [check_name(name, private_ca=private_ca) for name in names]
+    found = db.read(lambda tx: _find(tx, wanted))
+    return _request(db, clock, found, force=force, dry_run=dry_run)
+
+
+def outcome(db: Database, ticket: Ticket, *, has_nodes: bool) -> Outcome:
+    """Return how a ticket stands now."""
+
+    def look(tx: Connection) -> Outcome:
+        issuance = issuances.find(tx, ticket.issuance_id)
+        lineage = lineages.find(tx, ticket.lineage_id)
+        if issuance is None or lineage is None:
+            return Outcome(ticket, "failed", error={"class": "cancelled", "detail": "the request was deleted"})
+        return _judge(tx, ticket, issuance, lineage, has_nodes)
+
+    return db.read(look)
+
+
+def _judge(tx: Connection, ticket: Ticket, issuance: Issuance, lineage: Lineage, has_nodes: bool) -> Outcome:
+    match State(issuance.state):
+        case State.DONE:
+            served = None if not has_nodes else lineage.served_at is not None
+            certificate = certificates.find_of_lineage(tx, lineage.id)
+            expires_at = None if certificate is None else certificate.expires_at
+            return Outcome(
+                ticket, "renewed", serial=issuance.serial, fingerprint=issuance.fingerprint,
+                expires_at=expires_at, served=served,
+            )  # fmt: skip
+        case State.FAILED:
+            return Outcome(ticket, "failed", error=issuance.error)
+        case State.CANCELLED:
+            error = {"class": "cancelled", "type": "certworker:cancelled", "detail": "no policy wants it any more",
+                     "hint": "see `certworker policy list`"}  # fmt: skip
+            return Outcome(ticket, "failed", error=error)
+        case _:
+            return Outcome(ticket, "waiting", error=issuance.error, attempt_at=issuance.attempt_at)
+
+
+def _find(tx: Connection, names: list[str]) -> list[Lineage]:
+    found: dict[str, Lineage] = {}
+    for name in names:
+        wanted = [lineage for lineage in lineages.naming(tx, name) if lineages.is_wanted(tx, lineage.id)]
+        if not wanted:
+            raise UnknownName(
+                f"name {name!r}: no policy wants a certificate for it; add it with `certworker policy add`"
+            )
+        found |= {lineage.id: lineage for lineage in wanted}
+    return list(found.values())
+
+
+def _request_due(db: Database, clock: Clock, *, force: bool, dry_run: bool) -> Request:
+    asked = Request()
+    if force:
+        after = ""
+        while page := db.read(lambda tx: lineages.list_wanted(tx, after=after, limit=_PAGE)):  # noqa: B023
+            _merge(asked, _request(db, clock, page, force=True, dry_run=dry_run))
+            after = page[-1].id
+        return asked
+    now = clock()
+    if dry_run:
+        return _request(db, clock, db.read(lambda tx: lineages.peek_due(tx, now)), force=False, dry_run=True)
+    scan.scan(db, clock)
+    open_ones = db.read(issuances.list_open)
+    for issuance, names in open_ones:
+        asked.tickets.append(Ticket(issuance.lineage_id, tuple(names), issuance.id))
+    return asked
+
+
+def _request(db: Database, clock: Clock, found: list[Lineage], *, force: bool, dry_run: bool) -> Request:
+    now = clock()
+    asked = Request()
+
+    def queue_all(tx: Connection) -> None:
+        asked.tickets.clear()
+        asked.would_renew.clear()
+        asked.unchanged = 0
+        for lineage in found:
+            _request_one(tx, lineage, asked, now, force=force, dry_run=dry_run)
+
+    if dry_run:
+        db.read(queue_all)
+    else:
+        db.write(queue_all)
+    return asked
+
+
+def _request_one(
+    tx: Connection, lineage: Lineage, asked: Request, now: datetime, *, force: bool, dry_run: bool
+) -> None:
+    open_one = issuances.find_open(tx, lineage.id)
+    decision = decide_renewal(now, lineage.validity, lineage.renew_at)
+    if open_one is None and not force and not isinstance(decision, Renew):
+        asked.unchanged += 1
+        return
+    reason = decision.reason if isinstance(decision, Renew) else Reason.FORCED
+    if dry_run:
+        asked.would_renew.append((lineage.dns_names[0], reason))
+        return
+    if open_one is not None:
+        _hurry(tx, open_one, now)
+        issuance_id = open_one.id
+    else:
+        queued = scan.queue(tx, lineage.id, reason, now)
+        assert queued is not None, "there is no open one"
+        issuance_id = queued
+    asked.tickets.append(Ticket(lineage.id, tuple(lineage.dns_names), issuance_id))
+
+
+def _hurry(tx: Connection, issuance: Issuance, now: datetime) -> None:
+    """A person asked: do not wait out our own back-off. The CA's wish to wait stands."""
+    if issuance.error is None or issuance.error.get("class") == "transient":
+        issuances.bring_forward(tx, issuance.id, now)
+
+
+def _merge(into: Request, more: Request) -> None:
+    into.tickets += more.tickets
+    into.would_renew += more.would_renew
+    into.unchanged += more.unchanged

@@ -1,0 +1,58 @@
+"""What is due becomes a queued issuance. Costs what is due, not what exists."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
+
+from certworker.clock import Clock
+from certworker.core.renewal import Reason, Renew, decide_renewal
+from certworker.store import issuances, lineages, settings_kv
+from certworker.store.database import Database
+from certworker.store.lineages import Lineage
+
+_PAGE = 500
+LOOK_AGAIN = timedelta(hours=1)
+"""A lineage whose issuance is under way is looked at again after this, in case its end was missed."""
+
+
+@dataclass(slots=True)
+class ScanReport:
+    """What a scan found."""
+
+    looked_at: int = 0
+    queued: int = 0
+
+
+def scan(db: Database, clock: Clock) -> ScanReport:
+    """Queue an issuance for everything that is due now."""
+    report = ScanReport()
+    while db.write(lambda tx: _scan_page(tx, clock(), report)) == _PAGE:
+        pass
+    db.write(lambda tx: settings_kv.put(tx, settings_kv.LAST_SCAN_AT, clock().isoformat()))
+    return report
+
+
+def _scan_page(tx: Connection, now: datetime, report: ScanReport) -> int:
+    due = lineages.due(tx, now, _PAGE)
+    for lineage in due:
+        report.looked_at += 1
+        report.queued += _scan_one(tx, lineage, now)
+    return len(due)
+
+
+def _scan_one(tx: Connection, lineage: Lineage, now: datetime) -> bool:
+    if not lineages.is_wanted(tx, lineage.id):
+        lineages.set_next_check(tx, lineage.id, None, now)
+        return False
+    decision = decide_renewal(now, lineage.validity, lineage.renew_at)
+    if not isinstance(decision, Renew):
+        lineages.set_next_check(tx, lineage.id, decision.until, now)
+        return False
+    return queue(tx, lineage.id, decision.reason, now) is not None
+
+
+def queue(tx: Connection, lineage_id: str, reason: Reason, now: datetime) -> str | None:
+    """Queue an issuance unless one is open; return its id."""
+    lineages.set_next_check(tx, lineage_id, now + LOOK_AGAIN, now)
+    return issuances.queue(tx, lineage_id, reason, now)

@@ -1,0 +1,31 @@
+"""The audit log: who did what, in the same transaction as the change itself."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, insert, select
+
+from certworker.store.rows import new_id
+from certworker.store.tables import audit_logs
+
+WORKER = "certworker"
+"""The actor of everything the program does by itself."""
+
+
+def record(tx: Connection, action: str, diff: dict[str, Any], now: datetime, *, actor: str = WORKER) -> None:
+    """Write one row. `diff` never holds a key, a token or a whole certificate."""
+    tx.execute(insert(audit_logs).values(id=new_id(), actor=actor, action=action, diff=diff, created_at=now))
+
+
+def record_flip(
+    tx: Connection, kind: str, table: str, row_id: str, before: dict[str, Any], after: dict[str, Any], now: datetime
+) -> None:
+    """Write the row of a changed status: action `<kind>.<status>`."""
+    diff = {"table": table, "id": row_id, "before": before, "after": after}
+    record(tx, f"{kind}.{after['status']}", diff, now)
+
+
+def newest(tx: Connection, limit: int = 100) -> list[dict[str, Any]]:
+    """Return the newest rows, newest first."""
+    rows = tx.execute(select(audit_logs).order_by(audit_logs.c.created_at.desc()).limit(limit))
+    return [dict(row._mapping) for row in rows]

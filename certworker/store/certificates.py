@@ -1,0 +1,143 @@
+"""`certificates`: what serves now. One row per lineage, renewed in place, or per uploaded certificate."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from certworker.core.certificate import Leaf
+from certworker.store import audit, counters
+from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.tables import certificates, removed_certificates
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCertificate:
+    """A row of `certificates`."""
+
+    id: str
+    domain: str
+    cert_pem: str = field(repr=False)
+    key_pem: str = field(repr=False)
+    """Sealed, or plain PEM."""
+    expires_at: datetime
+    status: str
+    lineage_id: str | None
+    dns_names: list[str] | None
+    serial: str | None
+    fingerprint: str | None
+    issuer: str | None
+    not_before: datetime | None
+    revision: int | None
+    """None: another program wrote it, and reconcile has not seen it."""
+
+
+_COLUMNS = columns_of(StoredCertificate, certificates)
+
+
+def find(tx: Connection, certificate_id: str) -> StoredCertificate | None:
+    """Return one certificate."""
+    row = tx.execute(select(*_COLUMNS).where(certificates.c.id == certificate_id)).first()
+    return None if row is None else to_value(StoredCertificate, row)
+
+
+def find_of_lineage(tx: Connection, lineage_id: str) -> StoredCertificate | None:
+    """Return a lineage's certificate."""
+    row = tx.execute(select(*_COLUMNS).where(certificates.c.lineage_id == lineage_id)).first()
+    return None if row is None else to_value(StoredCertificate, row)
+
+
+def id_for_lineage(tx: Connection, lineage_id: str) -> str:
+    """Return the id of a lineage's certificate row, a fresh one if it has none yet."""
+    found = tx.execute(select(certificates.c.id).where(certificates.c.lineage_id == lineage_id)).scalar()
+    return str(found) if found is not None else new_id()
+
+
+def activate(
+    tx: Connection, certificate_id: str, lineage_id: str, domain: str, chain_pem: str, sealed_key_pem: str, leaf: Leaf,
+    now: datetime,
+) -> None:  # fmt: skip
+    """Let a lineage serve this leaf from the commit on, with its audit row. The revision comes last."""
+    before = find(tx, certificate_id)
+    values = {
+        "domain": domain, "cert_pem": chain_pem, "key_pem": sealed_key_pem, "expires_at": leaf.validity.not_after,
+        "status": "active", "lineage_id": lineage_id, "dns_names": list(leaf.dns_names), "serial": leaf.serial,
+        "fingerprint": leaf.fingerprint, "issuer": leaf.issuer, "not_before": leaf.validity.not_before,
+        "updated_at": now,
+    }  # fmt: skip
+    after = {"status": "active", "serial": leaf.serial, "fingerprint": leaf.fingerprint}
+    was = {} if before is None else {"status": before.status, "serial": before.serial}
+    audit.record_flip(tx, "certificate", "certificates", certificate_id, was, after, now)
+    revision = counters.next_value(tx, counters.REVISION)
+    if before is None:
+        tx.execute(insert(certificates).values(id=certificate_id, created_at=now, revision=revision, **values))
+    else:
+        row = update(certificates).where(certificates.c.id == certificate_id)
+        tx.execute(row.values(revision=revision, **values))
+
+
+def describe(
+    tx: Connection, certificate_id: str, leaf: Leaf, key_pem: str, now: datetime, *, status: str = "active"
+) -> None:
+    """Complete a row that another program wrote, and give it a revision so that nodes take it over."""
+    row = update(certificates).where(certificates.c.id == certificate_id)
+    revision = counters.next_value(tx, counters.REVISION)
+    tx.execute(
+        row.values(
+            key_pem=key_pem, dns_names=list(leaf.dns_names), serial=leaf.serial, fingerprint=leaf.fingerprint,
+            issuer=leaf.issuer, not_before=leaf.validity.not_before, expires_at=leaf.validity.not_after,
+            status=status, revision=revision, updated_at=now,
+        )
+    )  # fmt: skip
+
+
+def flip(tx: Connection, certificate: StoredCertificate, status: str, reason: str, now: datetime) -> None:
+    """Change a certificate's status, with its audit row and a new revision."""
+    before, after = {"status": certificate.status}, {"status": status, "reason": reason}
+    audit.record_flip(tx, "certificate", "certificates", certificate.id, before, after, now)
+    revision = counters.next_value(tx, counters.REVISION)
+    row = update(certificates).where(certificates.c.id == certificate.id)
+    tx.execute(row.values(status=status, revision=revision, updated_at=now))
+
+
+def expired(tx: Connection, now: datetime, limit: int) -> list[StoredCertificate]:
+    """Return certificates that are `active` past their end (partial index)."""
+    query = (
+        select(*_COLUMNS)
+        .where(certificates.c.status == "active", certificates.c.expires_at <= now)
+        .order_by(certificates.c.expires_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return [to_value(StoredCertificate, row) for row in tx.execute(query)]
+
+
+def changed_since(tx: Connection, revision: int, limit: int | None) -> list[StoredCertificate]:
+    """Return what changed after `revision`, in its order: a page of it, or (None) all."""
+    query = select(*_COLUMNS).where(certificates.c.revision > revision).order_by(certificates.c.revision).limit(limit)
+    return [to_value(StoredCertificate, row) for row in tx.execute(query)]
+
+
+def removed_since(tx: Connection, revision: int) -> list[tuple[str, int]]:
+    """Return (certificate id, revision) of what was deleted after `revision`."""
+    removed = removed_certificates.c
+    query = select(removed.certificate_id, removed.revision).where(removed.revision > revision)
+    return [(row[0], int(row[1])) for row in tx.execute(query.order_by(removed.revision))]
+
+
+def record_removed(tx: Connection, certificate_id: str, now: datetime) -> None:
+    """Leave a tombstone, so that nodes drop a certificate whose row is gone."""
+    tx.execute(delete(removed_certificates).where(removed_certificates.c.certificate_id == certificate_id))
+    revision = counters.next_value(tx, counters.REVISION)
+    tx.execute(insert(removed_certificates).values(certificate_id=certificate_id, revision=revision, removed_at=now))
+
+
+def forget_removed(tx: Connection, before: datetime) -> int:
+    """Delete tombstones older than `before`; return how many."""
+    return tx.execute(delete(removed_certificates).where(removed_certificates.c.removed_at < before)).rowcount
+
+
+def of_domain(tx: Connection, domain: str) -> list[StoredCertificate]:
+    """Return the certificates whose `domain` is this name."""
+    query = select(*_COLUMNS).where(certificates.c.domain == domain).order_by(certificates.c.id)
+    return [to_value(StoredCertificate, row) for row in tx.execute(query)]

@@ -1,0 +1,83 @@
+"""The gateway's tables: read whole for a snapshot, written whole from one document.
+
+A document is `{table name: [row, ...]}` with columns as keys. A row that another row names may be
+named by its `name` (pools, listeners) or its id.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Table, delete, insert, select, update
+
+from certworker.core.gateway import GatewayRows, ListenerRow, PolicyRow, PoolRow, RouteRow, TargetRow
+from certworker.store.rows import columns_of, to_value
+from certworker.store.tables import listeners, routes, tls_policies, upstream_pools, upstream_targets
+
+APPLIED: tuple[Table, ...] = (upstream_pools, upstream_targets, tls_policies, listeners, routes)
+"""In an order in which rows can be inserted."""
+
+APPLIED_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "upstream_pools": ("id", "name", "policy", "health_check"),
+    "upstream_targets": ("id", "pool_id", "address", "weight", "enabled"),
+    "tls_policies": ("id", "mode", "domains", "shared"),
+    "listeners": ("id", "name", "port", "protocol", "tls_policy_id", "enabled"),
+    "routes": ("id", "listener_id", "type", "match_expr", "priority", "upstream_pool_id", "enabled"),
+}
+"""What a document may set; the rest is the program's."""
+
+
+def read(tx: Connection) -> GatewayRows:
+    """Return the rows a snapshot is built from; of the policies only those that a listener names."""
+    named = select(listeners.c.tls_policy_id).where(listeners.c.tls_policy_id.is_not(None))
+    policies = select(*columns_of(PolicyRow, tls_policies)).where(tls_policies.c.id.in_(named))
+    return GatewayRows(
+        listeners=tuple(to_value(ListenerRow, row) for row in tx.execute(select(*columns_of(ListenerRow, listeners)))),
+        routes=tuple(to_value(RouteRow, row) for row in tx.execute(select(*columns_of(RouteRow, routes)))),
+        pools=tuple(to_value(PoolRow, row) for row in tx.execute(select(*columns_of(PoolRow, upstream_pools)))),
+        targets=tuple(to_value(TargetRow, row) for row in tx.execute(select(*columns_of(TargetRow, upstream_targets)))),
+        policies=tuple(to_value(PolicyRow, row) for row in tx.execute(policies)),
+    )
+
+
+def export(tx: Connection) -> dict[str, list[dict[str, Any]]]:
+    """Return every table as rows of the columns a document may set, ordered by id."""
+    document = {}
+    for table in APPLIED:
+        columns = [table.c[name] for name in APPLIED_COLUMNS[table.name]]
+        rows = tx.execute(select(*columns).order_by(table.c.id))
+        document[table.name] = [dict(row._mapping) for row in rows]
+    return document
+
+
+def replace(tx: Connection, document: Mapping[str, list[dict[str, Any]]], now: datetime) -> dict[str, int]:
+    """Make the tables that `document` names hold exactly its rows; return how many rows changed, per table.
+
+    Rows are complete and checked, every reference is an id. A row that stays as it is is not touched.
+    """
+    changed = dict.fromkeys(document, 0)
+    wanted = {table: {row["id"]: row for row in document[table.name]} for table in APPLIED if table.name in document}
+    held = {table: {row["id"]: row for row in _rows(tx, table)} for table in wanted}
+    for table in reversed(APPLIED):
+        for row_id in set(held.get(table, {})) - set(wanted.get(table, {})):
+            changed[table.name] += tx.execute(delete(table).where(table.c.id == row_id)).rowcount
+    for table in (table for table in APPLIED if table in wanted):
+        for row_id, row in wanted[table].items():
+            changed[table.name] += _put(tx, table, row, held[table].get(row_id), now)
+    return changed
+
+
+def _rows(tx: Connection, table: Table) -> list[dict[str, Any]]:
+    columns = [table.c[name] for name in APPLIED_COLUMNS[table.name]]
+    return [dict(row._mapping) for row in tx.execute(select(*columns))]
+
+
+def _put(tx: Connection, table: Table, row: dict[str, Any], held: dict[str, Any] | None, now: datetime) -> int:
+    if held is None:
+        extra = {"status": "pending"} if table is tls_policies else {}
+        tx.execute(insert(table).values(created_at=now, updated_at=now, **extra, **row))
+        return 1
+    if held == row:
+        return 0
+    tx.execute(update(table).where(table.c.id == row["id"]).values(updated_at=now, **row))
+    return 1

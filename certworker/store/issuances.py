@@ -1,0 +1,220 @@
+"""`issuances`: one attempt to get one certificate, claimed by one worker at a time.
+
+A claim is a lease with a fencing token. The lease is the database's time, so that workers with
+different clocks agree; the token only ever grows, every later write names it, and a write whose row
+has moved on raises LeaseLost. What is *due* is the injected clock's.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, insert, literal, or_, select, update
+
+from certworker.core.issuance import CLOSED, State
+from certworker.errors import LeaseLost
+from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.tables import issuances, lineages
+from certworker.store.types import db_now, seconds_from_now
+
+LEASE = timedelta(seconds=60)
+HEARTBEAT = timedelta(seconds=15)
+
+_OPEN = issuances.c.state.not_in(sorted(CLOSED))
+
+
+@dataclass(frozen=True, slots=True)
+class Issuance:
+    """A row of `issuances`."""
+
+    id: str
+    lineage_id: str
+    reason: str
+    state: str
+    attempt_at: datetime
+    """Not before this is it worked on."""
+    failures: int
+    error: dict[str, Any] | None
+    account_id: str | None
+    key_pem: str | None = field(repr=False)
+    """Sealed."""
+    csr_der: bytes | None = field(repr=False)
+    spki_sha256: str | None
+    order_url: str | None
+    finalize_url: str | None
+    order_expires_at: datetime | None
+    certificate_url: str | None
+    chain_pem: str | None = field(repr=False)
+    lease_owner: str | None
+    lease_token: int
+    claims: int
+    """How often it was claimed: one that kills its worker again and again shows here."""
+    created_at: datetime
+    closed_at: datetime | None
+    serial: str | None = None
+    fingerprint: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return State(self.state) not in CLOSED
+
+
+def queue(tx: Connection, lineage_id: str, reason: str, now: datetime) -> str | None:
+    """Insert an issuance that waits to be claimed; return its id, None if one is open already."""
+    if find_open(tx, lineage_id) is not None:
+        return None
+    issuance_id = new_id()
+    tx.execute(
+        insert(issuances).values(
+            id=issuance_id, lineage_id=lineage_id, reason=reason, state=State.QUEUED,
+            state_at=now, attempt_at=now, created_at=now,
+        )
+    )  # fmt: skip
+    return issuance_id
+
+
+def find(tx: Connection, issuance_id: str) -> Issuance | None:
+    """Return one issuance."""
+    row = tx.execute(select(*columns_of(Issuance, issuances)).where(issuances.c.id == issuance_id)).first()
+    return None if row is None else to_value(Issuance, row)
+
+
+def find_open(tx: Connection, lineage_id: str) -> Issuance | None:
+    """Return the one open issuance of a lineage."""
+    query = select(*columns_of(Issuance, issuances)).where(issuances.c.lineage_id == lineage_id, _OPEN)
+    row = tx.execute(query).first()
+    return None if row is None else to_value(Issuance, row)
+
+
+def list_open(tx: Connection) -> list[tuple[Issuance, list[str]]]:
+    """Return every open issuance with its names, oldest first."""
+    query = (
+        select(*columns_of(Issuance, issuances), lineages.c.dns_names)
+        .join(lineages, lineages.c.id == issuances.c.lineage_id)
+        .where(_OPEN)
+        .order_by(issuances.c.created_at)
+    )
+    return [(Issuance(*row[:-1]), row[-1]) for row in tx.execute(query)]
+
+
+def history(tx: Connection, lineage_id: str, limit: int = 20) -> list[Issuance]:
+    """Return a lineage's newest issuances, newest first."""
+    query = (
+        select(*columns_of(Issuance, issuances))
+        .where(issuances.c.lineage_id == lineage_id)
+        .order_by(issuances.c.created_at.desc())
+        .limit(limit)
+    )
+    return [to_value(Issuance, row) for row in tx.execute(query)]
+
+
+def claim(tx: Connection, worker: str, now: datetime, limit: int, only: list[str] | None = None) -> list[Issuance]:
+    """Lease up to `limit` due issuances to `worker`, longest due first, and return them.
+
+    `only` restricts it to these ids, for a one-shot run that was given names.
+    """
+    free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
+    query = (
+        select(issuances.c.id)
+        .where(_OPEN, issuances.c.attempt_at <= now, free)
+        .order_by(issuances.c.attempt_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    if only is not None:
+        query = query.where(issuances.c.id.in_(only))
+    ids = list(tx.execute(query).scalars())
+    if not ids:
+        return []
+    leased = update(issuances).where(issuances.c.id.in_(ids)).values(
+        lease_owner=worker,
+        lease_token=issuances.c.lease_token + 1,
+        lease_until=_lease_end(),
+        claims=issuances.c.claims + 1,
+    )  # fmt: skip
+    rows = tx.execute(leased.returning(*columns_of(Issuance, issuances)))
+    return [to_value(Issuance, row) for row in rows]
+
+
+def extend_leases(tx: Connection, worker: str) -> None:
+    """Keep everything `worker` holds for another LEASE."""
+    tx.execute(update(issuances).where(_OPEN, issuances.c.lease_owner == worker).values(lease_until=_lease_end()))
+
+
+def free_leases(tx: Connection, worker: str | None = None) -> None:
+    """Free what `worker` holds, or (None) every lease: for the one process that holds the worker role."""
+    held = update(issuances).where(_OPEN, issuances.c.lease_until.is_not(None))
+    if worker is not None:
+        held = held.where(issuances.c.lease_owner == worker)
+    tx.execute(held.values(lease_owner=None, lease_until=None))
+
+
+def record(tx: Connection, claimed: Issuance, now: datetime, **values: Any) -> Issuance:
+    """Write `values` to a claimed issuance and return it anew; LeaseLost if it has moved on."""
+    if values.get("state", claimed.state) != claimed.state:
+        values["state_at"] = now
+    fenced = update(issuances).where(
+        issuances.c.id == claimed.id,
+        issuances.c.lease_owner == claimed.lease_owner,
+        issuances.c.lease_token == claimed.lease_token,
+        issuances.c.state == claimed.state,
+    )
+    row = tx.execute(fenced.values(**values).returning(*columns_of(Issuance, issuances))).first()
+    if row is None:
+        raise LeaseLost(f"issuance {claimed.id} belongs to another worker now, so nothing more is sent for it")
+    return to_value(Issuance, row)
+
+
+def release(tx: Connection, claimed: Issuance, attempt_at: datetime, now: datetime, **values: Any) -> Issuance:
+    """Give a claimed issuance back, not to be worked on before `attempt_at`."""
+    return record(tx, claimed, now, attempt_at=attempt_at, lease_owner=None, lease_until=None, **values)
+
+
+def close(tx: Connection, claimed: Issuance, state: State, now: datetime, **values: Any) -> Issuance:
+    """End a claimed issuance."""
+    return record(tx, claimed, now, state=state, closed_at=now, lease_owner=None, lease_until=None, **values)
+
+
+def cancel_unclaimed(tx: Connection, lineage_id: str, now: datetime) -> bool:
+    """Cancel the open issuance of a lineage nobody wants any more, unless a worker holds it or has ordered."""
+    free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
+    unordered = issuances.c.state.in_([State.QUEUED, State.KEY_READY])
+    cancelled = (
+        update(issuances)
+        .where(issuances.c.lineage_id == lineage_id, unordered, free)
+        .values(state=State.CANCELLED, state_at=now, closed_at=now)
+    )
+    return tx.execute(cancelled).rowcount == 1
+
+
+def next_attempt_at(tx: Connection) -> datetime | None:
+    """Return when the next unclaimed issuance is due."""
+    query = select(issuances.c.attempt_at).where(_OPEN, issuances.c.lease_until.is_(None))
+    return tx.execute(query.order_by(issuances.c.attempt_at).limit(1)).scalar()
+
+
+def bring_forward(tx: Connection, issuance_id: str, now: datetime) -> None:
+    """Let an open issuance that waits after a failure of the line be tried at once: a person asked."""
+    tx.execute(
+        update(issuances)
+        .where(issuances.c.id == issuance_id, _OPEN, issuances.c.attempt_at > now)
+        .values(attempt_at=now)
+    )
+
+
+def forget_keys(tx: Connection, ended_before: datetime, now: datetime, limit: int = 500) -> int:
+    """Delete closed issuances whose certificate, if any, has ended; return how many."""
+    old = (
+        select(issuances.c.id)
+        .where(
+            issuances.c.closed_at < ended_before,
+            or_(issuances.c.not_after.is_(None), issuances.c.not_after <= now),
+        )
+        .order_by(issuances.c.closed_at)
+        .limit(limit)
+    )
+    return tx.execute(issuances.delete().where(issuances.c.id.in_(old.scalar_subquery()))).rowcount
+
+
+def _lease_end() -> seconds_from_now:
+    return seconds_from_now(literal(int(LEASE.total_seconds())))

@@ -1,0 +1,292 @@
+"""`lineages`: a set of names that one certificate after another serves, and when to look at it next."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, delete, exists, insert, select, update
+
+from certworker.core.certificate import Validity
+from certworker.core.names import names_hash
+from certworker.store import policies
+from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.tables import certificates, lineage_names, lineages, policy_lineages, tls_policies
+
+
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """Where certificates come from and what they are like; part of what a lineage is."""
+
+    directory_url: str
+    profile: str
+    """"" for the CA's default."""
+    key_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """A row of `lineages`."""
+
+    id: str
+    dns_names: list[str]
+    """Sorted A-labels; never changes."""
+    directory_url: str
+    profile: str
+    key_type: str
+    status: str
+    """`active` (a valid certificate is there), `error` (none, and the last attempt failed) or `pending`."""
+    certificate_id: str | None
+    issuance_id: str | None
+    """The issuance that the certificate came from."""
+    not_before: datetime | None
+    not_after: datetime | None
+    renew_at: datetime | None
+    next_check_at: datetime | None
+    """When the scan looks at it; None while no policy wants it."""
+    failures: int
+    error: dict[str, Any] | None
+    """The last failure: class, type, detail, hint, at, retry_at."""
+    served_at: datetime | None
+    """When every live node had proved that it serves the certificate."""
+
+    @property
+    def validity(self) -> Validity | None:
+        if self.not_before is None or self.not_after is None:
+            return None
+        return Validity(self.not_before, self.not_after)
+
+
+def find(tx: Connection, lineage_id: str) -> Lineage | None:
+    """Return one lineage."""
+    row = tx.execute(select(*columns_of(Lineage, lineages)).where(lineages.c.id == lineage_id)).first()
+    return None if row is None else to_value(Lineage, row)
+
+
+def lock(tx: Connection, lineage_id: str) -> Lineage | None:
+    """Return one lineage, locked until the commit."""
+    query = select(*columns_of(Lineage, lineages)).where(lineages.c.id == lineage_id).with_for_update()
+    row = tx.execute(query).first()
+    return None if row is None else to_value(Lineage, row)
+
+
+def find_or_add(tx: Connection, names: list[str], issuer: Issuer, now: datetime) -> str:
+    """Return the id of the lineage for exactly these names and issuer, made if it is not there."""
+    identity = {"names_hash": names_hash(names), "directory_url": issuer.directory_url,
+                "profile": issuer.profile, "key_type": issuer.key_type}  # fmt: skip
+    query = select(lineages.c.id).where(*(lineages.c[column] == value for column, value in identity.items()))
+    found = tx.execute(query).scalar()
+    if found is not None:
+        return str(found)
+    lineage_id = new_id()
+    ordered = sorted(set(names))
+    tx.execute(insert(lineages).values(id=lineage_id, dns_names=ordered, created_at=now, updated_at=now, **identity))
+    tx.execute(insert(lineage_names), [{"dns_name": name, "lineage_id": lineage_id} for name in ordered])
+    return lineage_id
+
+
+def naming(tx: Connection, dns_name: str) -> list[Lineage]:
+    """Return the wanted lineages that have this name, those wanted by a policy first."""
+    query = (
+        select(*columns_of(Lineage, lineages))
+        .join(lineage_names, lineage_names.c.lineage_id == lineages.c.id)
+        .where(lineage_names.c.dns_name == dns_name)
+        .order_by(lineages.c.id)
+    )
+    return [to_value(Lineage, row) for row in tx.execute(query)]
+
+
+def list_wanted(tx: Connection, *, after: str = "", limit: int = 1000) -> list[Lineage]:
+    """Return a page, by id, of the lineages that a policy names."""
+    wanted = exists(select(1).where(policy_lineages.c.lineage_id == lineages.c.id))
+    query = select(*columns_of(Lineage, lineages)).where(wanted).order_by(lineages.c.id).limit(limit)
+    if after:
+        query = query.where(lineages.c.id > after)
+    return [to_value(Lineage, row) for row in tx.execute(query)]
+
+
+def of_policy(tx: Connection, policy_id: str) -> list[Lineage]:
+    """Return the lineages that a policy wants, by names."""
+    query = (
+        select(*columns_of(Lineage, lineages))
+        .join(policy_lineages, policy_lineages.c.lineage_id == lineages.c.id)
+        .where(policy_lineages.c.policy_id == policy_id)
+        .order_by(lineages.c.id)
+    )
+    return [to_value(Lineage, row) for row in tx.execute(query)]
+
+
+def link(tx: Connection, policy_id: str, wanted: list[str]) -> list[str]:
+    """Make `wanted` the lineages of a policy; return the ids that were added to it or taken from it."""
+    current = set(
+        tx.execute(select(policy_lineages.c.lineage_id).where(policy_lineages.c.policy_id == policy_id)).scalars()
+    )
+    gone, fresh = sorted(current - set(wanted)), sorted(set(wanted) - current)
+    for page in _pages(gone):
+        tx.execute(
+            delete(policy_lineages).where(
+                policy_lineages.c.policy_id == policy_id, policy_lineages.c.lineage_id.in_(page)
+            )
+        )
+    for page in _pages(fresh):
+        statuses = tx.execute(select(lineages.c.id, lineages.c.status).where(lineages.c.id.in_(page))).all()
+        tx.execute(
+            insert(policy_lineages),
+            [{"policy_id": policy_id, "lineage_id": row[0], "lineage_status": row[1]} for row in statuses],
+        )
+    return gone + fresh
+
+
+def is_wanted(tx: Connection, lineage_id: str) -> bool:
+    """Say whether a policy wants certificates for it: `mode = auto` and not paused."""
+    query = (
+        select(1)
+        .select_from(policy_lineages.join(tls_policies, tls_policies.c.id == policy_lineages.c.policy_id))
+        .where(
+            policy_lineages.c.lineage_id == lineage_id,
+            tls_policies.c.mode == "auto",
+            tls_policies.c.paused_at.is_(None),
+        )
+    )
+    return tx.execute(query.limit(1)).first() is not None
+
+
+def policy_ids(tx: Connection, lineage_id: str) -> list[str]:
+    """Return the policies that name it, whatever their mode."""
+    query = select(policy_lineages.c.policy_id).where(policy_lineages.c.lineage_id == lineage_id)
+    return sorted(tx.execute(query).scalars())
+
+
+def due(tx: Connection, now: datetime, limit: int) -> list[Lineage]:
+    """Return what the scan has to look at by `now`, longest due first. Costs what is due, not what exists."""
+    query = (
+        select(*columns_of(Lineage, lineages))
+        .where(lineages.c.next_check_at <= now)
+        .order_by(lineages.c.next_check_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return [to_value(Lineage, row) for row in tx.execute(query)]
+
+
+def peek_due(tx: Connection, now: datetime) -> list[Lineage]:
+    """Return what the scan would look at by `now`, changing and locking nothing."""
+    query = select(*columns_of(Lineage, lineages)).where(lineages.c.next_check_at <= now)
+    return [to_value(Lineage, row) for row in tx.execute(query.order_by(lineages.c.next_check_at))]
+
+
+def set_next_check(tx: Connection, lineage_id: str, at: datetime | None, now: datetime) -> None:
+    """Say when the scan looks at it next; None: not before a policy wants it again."""
+    tx.execute(update(lineages).where(lineages.c.id == lineage_id).values(next_check_at=at, updated_at=now))
+
+
+def record_certificate(
+    tx: Connection, lineage_id: str, *, certificate_id: str, issuance_id: str, validity: Validity,
+    renew_at: datetime, now: datetime,
+) -> None:  # fmt: skip
+    """Note the certificate that serves from now on; failures are forgotten, service is to be proved anew."""
+    tx.execute(
+        update(lineages)
+        .where(lineages.c.id == lineage_id)
+        .values(
+            certificate_id=certificate_id,
+            issuance_id=issuance_id,
+            not_before=validity.not_before,
+            not_after=validity.not_after,
+            renew_at=renew_at,
+            next_check_at=renew_at,
+            failures=0,
+            error=None,
+            served_at=None,
+            updated_at=now,
+        )
+    )
+    record_status(tx, lineage_id, "active", now)
+
+
+def record_error(
+    tx: Connection,
+    lineage_id: str,
+    error: dict[str, Any],
+    now: datetime,
+) -> None:
+    """Note what went wrong in an attempt that goes on; the status stays."""
+    tx.execute(update(lineages).where(lineages.c.id == lineage_id).values(error=error, updated_at=now))
+
+
+def record_failure(
+    tx: Connection, lineage_id: str, error: dict[str, Any], *, failures: int, next_check_at: datetime, now: datetime
+) -> None:
+    """Note why the last attempt failed for good; the status becomes `error` if nothing valid serves meanwhile."""
+    row = update(lineages).where(lineages.c.id == lineage_id)
+    tx.execute(row.values(error=error, failures=failures, next_check_at=next_check_at, updated_at=now))
+    status = tx.execute(select(lineages.c.status).where(lineages.c.id == lineage_id)).scalar()
+    record_status(tx, lineage_id, "active" if status == "active" else "error", now)
+
+
+def forget_certificate(tx: Connection, lineage_id: str, now: datetime) -> None:
+    """Note that the certificate is gone: a new one is due at once if a policy wants it."""
+    tx.execute(
+        update(lineages)
+        .where(lineages.c.id == lineage_id)
+        .values(
+            certificate_id=None,
+            issuance_id=None,
+            not_before=None,
+            not_after=None,
+            renew_at=None,
+            served_at=None,
+            updated_at=now,
+        )
+    )
+    record_status(tx, lineage_id, "pending", now)
+
+
+def record_status(tx: Connection, lineage_id: str, status: str, now: datetime) -> None:
+    """Set a lineage's status and bring the policies that want it up to date."""
+    tx.execute(update(lineages).where(lineages.c.id == lineage_id).values(status=status, updated_at=now))
+    tx.execute(update(policy_lineages).where(policy_lineages.c.lineage_id == lineage_id).values(lineage_status=status))
+    for policy_id in policy_ids(tx, lineage_id):
+        policies.refresh_status(tx, policy_id, now)
+
+
+def having_certificate(tx: Connection, certificate_id: str) -> str | None:
+    """Return the lineage whose certificate this is, or was when the row was deleted by another program."""
+    return tx.execute(select(lineages.c.id).where(lineages.c.certificate_id == certificate_id)).scalar()
+
+
+def _pages(ids: list[str], size: int = 500) -> list[list[str]]:
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+@dataclass(frozen=True, slots=True)
+class Unserved:
+    """A certificate that is not proved to be served by every node."""
+
+    lineage_id: str
+    certificate_id: str
+    revision: int
+    fingerprint: str
+
+
+def unserved(tx: Connection, after: str, limit: int) -> list[Unserved]:
+    """Return a page of them, by lineage id (partial index)."""
+    query = (
+        select(lineages.c.id, certificates.c.id, certificates.c.revision, certificates.c.fingerprint)
+        .join(certificates, certificates.c.id == lineages.c.certificate_id)
+        .where(lineages.c.served_at.is_(None), lineages.c.certificate_id.is_not(None))
+        .where(certificates.c.revision.is_not(None), certificates.c.status == "active")
+        .order_by(lineages.c.id)
+        .limit(limit)
+    )
+    if after:
+        query = query.where(lineages.c.id > after)
+    return [Unserved(*row) for row in tx.execute(query)]
+
+
+def record_served(tx: Connection, proved: Unserved, now: datetime) -> None:
+    """Note that every live node serves this certificate, unless a newer one has come meanwhile."""
+    same = exists(
+        select(1).where(certificates.c.id == proved.certificate_id, certificates.c.revision == proved.revision)
+    )
+    row = update(lineages).where(lineages.c.id == proved.lineage_id, lineages.c.served_at.is_(None), same)
+    tx.execute(row.values(served_at=now))

@@ -1,0 +1,73 @@
+"""`node_status`: what every node proved to serve, and when it was last heard of."""
+
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, insert, literal, select, update
+
+from certworker.core.rollout import Heartbeat
+from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.tables import config_versions, node_status
+from certworker.store.types import db_now, seconds_from_now
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """A row of `node_status`."""
+
+    node_id: str
+    version_id: str | None
+    heartbeat_at: datetime
+    """The database's time."""
+    metadata: dict[str, Any] | None
+
+    @property
+    def revision(self) -> int:
+        """Every certificate up to this revision was proved to be served, or is named in `unserved`."""
+        cursor = self._member("cursor")
+        revision = cursor.get("revision", 0)
+        return revision if isinstance(revision, int) else 0
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return self._member("fingerprints")
+
+    @property
+    def unserved(self) -> dict[str, str]:
+        return self._member("unserved")
+
+    @property
+    def error(self) -> str | None:
+        error = (self.metadata or {}).get("error")
+        return error if isinstance(error, str) else None
+
+    def _member(self, name: str) -> dict[str, Any]:
+        value = (self.metadata or {}).get(name)
+        return value if isinstance(value, dict) else {}
+
+
+def record(tx: Connection, heartbeat: Heartbeat) -> None:
+    """Write a node's newest heartbeat, with the database's time."""
+    metadata = {key: value for key, value in asdict(heartbeat).items() if key not in ("node_id", "version_id")}
+    known = None
+    if heartbeat.version_id is not None:
+        query = select(config_versions.c.id).where(config_versions.c.id == heartbeat.version_id)
+        known = tx.execute(query).scalar()
+    values = {"version_id": known, "heartbeat_at": db_now(), "metadata": metadata}
+    row = update(node_status).where(node_status.c.node_id == heartbeat.node_id).values(**values)
+    if tx.execute(row).rowcount == 0:
+        tx.execute(insert(node_status).values(id=new_id(), node_id=heartbeat.node_id, **values))
+
+
+def list_all(tx: Connection) -> list[NodeStatus]:
+    """Return every node that was ever heard of, by name."""
+    query = select(*columns_of(NodeStatus, node_status)).order_by(node_status.c.node_id)
+    return [to_value(NodeStatus, row) for row in tx.execute(query)]
+
+
+def live(tx: Connection, silent: timedelta) -> list[NodeStatus]:
+    """Return the nodes heard of within `silent`, by name."""
+    since = seconds_from_now(literal(-int(silent.total_seconds())))
+    query = select(*columns_of(NodeStatus, node_status)).where(node_status.c.heartbeat_at > since)
+    return [to_value(NodeStatus, row) for row in tx.execute(query.order_by(node_status.c.node_id))]

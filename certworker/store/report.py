@@ -1,0 +1,45 @@
+"""Read-only views over several tables, for `status` and `/metrics`."""
+
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from certworker.store.tables import certificates, issuances, lineage_names, lineages, policy_lineages, tls_policies
+
+
+def counts(tx: Connection) -> dict[str, dict[str, int]]:
+    """Return how many certificates and policies there are in each status, and open issuances by state."""
+    open_issuances = select(issuances.c.state, func.count()).where(issuances.c.closed_at.is_(None))
+    return {
+        "certificates": _pairs(tx, select(certificates.c.status, func.count()).group_by(certificates.c.status)),
+        "policies": _pairs(tx, select(tls_policies.c.status, func.count()).group_by(tls_policies.c.status)),
+        "open_issuances": _pairs(tx, open_issuances.group_by(issuances.c.state)),
+    }
+
+
+def lineage_rows(tx: Connection, dns_name: str | None = None, limit: int = 10_000) -> list[dict[str, Any]]:
+    """Return the lineages that policies want, with their certificate, by names: of one name, or all."""
+    wanted = select(policy_lineages.c.lineage_id).distinct()
+    query = (
+        select(
+            lineages.c.id, lineages.c.dns_names, lineages.c.status, lineages.c.error, lineages.c.next_check_at,
+            lineages.c.renew_at, lineages.c.failures, lineages.c.served_at, certificates.c.serial,
+            certificates.c.fingerprint, certificates.c.issuer, certificates.c.expires_at,
+            certificates.c.status.label("certificate_status"), certificates.c.revision,
+            certificates.c.id.label("certificate_id"),
+            issuances.c.state, issuances.c.attempt_at,
+        )
+        .outerjoin(certificates, certificates.c.id == lineages.c.certificate_id)
+        .outerjoin(issuances, (issuances.c.lineage_id == lineages.c.id) & issuances.c.closed_at.is_(None))
+        .where(lineages.c.id.in_(wanted))
+        .order_by(lineages.c.id)
+        .limit(limit)
+    )  # fmt: skip
+    if dns_name is not None:
+        from_names = select(lineage_names.c.lineage_id).where(lineage_names.c.dns_name == dns_name)
+        query = query.where(lineages.c.id.in_(from_names))
+    return [dict(row._mapping) for row in tx.execute(query)]
+
+
+def _pairs(tx: Connection, query: Any) -> dict[str, int]:
+    return {str(status): int(count) for status, count in tx.execute(query)}

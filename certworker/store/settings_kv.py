@@ -1,0 +1,28 @@
+"""Small facts the program remembers about itself, by name."""
+
+from sqlalchemy import Connection, delete, insert, select
+
+from certworker.store.tables import settings_kv
+
+KEK_CHECK = "kek_check"
+"""A sealed word: it opens with the right key-encryption key only."""
+ISSUER = "issuer"
+"""CA, profile and key type of the last full reconcile."""
+LAST_SCAN_AT = "last_scan_at"
+LAST_SWEEP_AT = "last_sweep_at"
+
+
+def find(tx: Connection, key: str) -> str | None:
+    """Return what is remembered under `key`."""
+    return tx.execute(select(settings_kv.c.value).where(settings_kv.c.key == key)).scalar()
+
+
+def put(tx: Connection, key: str, value: str) -> None:
+    """Remember `value` under `key`."""
+    tx.execute(delete(settings_kv).where(settings_kv.c.key == key))
+    tx.execute(insert(settings_kv).values(key=key, value=value))
+
+
+def forget(tx: Connection, key: str) -> None:
+    """Remember nothing under `key` any more."""
+    tx.execute(delete(settings_kv).where(settings_kv.c.key == key))

@@ -1,0 +1,425 @@
+"""Every table, as the newest migration leaves it.
+
+The first ten are given: other gateway programs read and write them. Their columns, enumerations and
+indexes are a contract; ours are marked, and are nullable or have a server default, so that a row
+with the given columns alone is a valid row. No constraint of ours makes a valid change of a given
+table fail.
+
+A `*_at` column is an instant in UTC. Due times (`next_check_at`, `attempt_at`, `renew_at`) come from
+the injected clock; lease and heartbeat times are the database's.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.schema import SchemaItem
+
+from certworker.store.types import BigKey, Json, TextArray, UtcTime, UuidText, form_checks, server_time
+
+NAMING = {
+    "pk": "pk_%(table_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+}
+
+metadata = MetaData(naming_convention=NAMING)
+
+
+def _table(name: str, *items: SchemaItem) -> Table:
+    columns = [item for item in items if isinstance(item, Column)]
+    return Table(name, metadata, *items, *form_checks(columns))
+
+
+def _id() -> Column[str]:
+    return Column("id", UuidText, primary_key=True)
+
+
+def _created() -> Column[Any]:
+    return Column("created_at", UtcTime, nullable=False, server_default=server_time())
+
+
+def _updated() -> Column[Any]:
+    return Column("updated_at", UtcTime, nullable=False, server_default=server_time())
+
+
+def _enabled() -> Column[bool]:
+    return Column("enabled", Boolean, nullable=False, server_default=text("true"))
+
+
+def _one_of(column: str, *values: str) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({listed})", name=f"{column}_known")
+
+
+OPEN_STATE = "state NOT IN ('done', 'failed', 'cancelled')"
+
+listeners = _table(
+    "listeners",
+    _id(),
+    Column("name", Text),
+    Column("port", Integer, nullable=False),
+    Column("protocol", Text, nullable=False),
+    # Not a foreign key: a dangling id is a fault of the row, reported by the snapshot.
+    Column("tls_policy_id", UuidText),
+    _enabled(),
+    _created(),
+    _updated(),
+    UniqueConstraint("port", "protocol"),
+    _one_of("protocol", "http", "https"),
+    Index(None, "enabled"),
+)
+
+upstream_pools = _table(
+    "upstream_pools",
+    _id(),
+    Column("name", Text, nullable=False),
+    Column("policy", Text, nullable=False),
+    Column("health_check", Json),
+    _created(),
+    _updated(),
+    UniqueConstraint("name"),
+    _one_of("policy", "round_robin", "least_conn", "weighted"),
+)
+
+routes = _table(
+    "routes",
+    _id(),
+    Column("listener_id", UuidText, ForeignKey("listeners.id"), nullable=False),
+    Column("type", Text, nullable=False),
+    Column("match_expr", Json, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("upstream_pool_id", UuidText, ForeignKey("upstream_pools.id"), nullable=False),
+    _enabled(),
+    _created(),
+    _updated(),
+    _one_of("type", "port", "path", "ws"),
+    Index(None, "listener_id"),
+    Index(None, "enabled"),
+    Index(None, "priority"),
+)
+
+upstream_targets = _table(
+    "upstream_targets",
+    _id(),
+    Column("pool_id", UuidText, ForeignKey("upstream_pools.id"), nullable=False),
+    Column("address", Text, nullable=False),
+    Column("weight", Integer, nullable=False, server_default=text("1")),
+    _enabled(),
+    _created(),
+    _updated(),
+    Index(None, "pool_id"),
+    Index(None, "enabled"),
+)
+
+tls_policies = _table(
+    "tls_policies",
+    _id(),
+    Column("mode", Text, nullable=False),
+    Column("domains", TextArray, nullable=False),
+    Column("status", Text, nullable=False),
+    _created(),
+    _updated(),
+    # ours
+    Column("paused_at", UtcTime),
+    Column("shared", Boolean, nullable=False, server_default=text("false")),
+    Column("refused_names", Json),
+    _one_of("mode", "auto", "manual"),
+    _one_of("status", "active", "error", "pending"),
+    Index("tls_policies_domains_idx", "domains", postgresql_using="gin").ddl_if(dialect="postgresql"),
+)
+
+certificates = _table(
+    "certificates",
+    _id(),
+    Column("domain", Text, nullable=False),
+    Column("cert_pem", Text, nullable=False),
+    Column("key_pem", Text, nullable=False),
+    Column("expires_at", UtcTime, nullable=False),
+    Column("status", Text, nullable=False),
+    _created(),
+    _updated(),
+    # ours
+    # Not a foreign key: the table is given, and no constraint of ours may stand in another program's way.
+    Column("lineage_id", UuidText),
+    Column("dns_names", TextArray),
+    Column("serial", Text),
+    Column("fingerprint", Text),
+    Column("issuer", Text),
+    Column("not_before", UtcTime),
+    Column("revision", BigInteger),
+    _one_of("status", "active", "expired", "error"),
+    Index(None, "domain"),
+    Index(None, "expires_at"),
+    Index(
+        "ix_certificates_active",
+        "expires_at",
+        sqlite_where=text("status = 'active'"),
+        postgresql_where=text("status = 'active'"),
+    ),
+    Index("uq_certificates_lineage_id", "lineage_id", unique=True),
+    Index(None, "revision"),
+)
+
+config_versions = _table(
+    "config_versions",
+    _id(),
+    Column("snapshot_json", Json, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("created_by", Text, nullable=False),
+    _created(),
+    # ours
+    Column("number", BigInteger),
+    Column("digest", Text),
+    _one_of("status", "draft", "published", "archived"),
+    Index(None, "status"),
+    Index(None, "created_at"),
+    Index(
+        "uq_config_versions_published",
+        "status",
+        unique=True,
+        sqlite_where=text("status = 'published'"),
+        postgresql_where=text("status = 'published'"),
+    ),
+    Index("uq_config_versions_number", "number", unique=True),
+)
+
+node_status = _table(
+    "node_status",
+    _id(),
+    Column("node_id", Text, nullable=False),
+    Column("version_id", UuidText, ForeignKey("config_versions.id")),
+    Column("heartbeat_at", UtcTime, nullable=False),
+    Column("metadata", Json),
+    UniqueConstraint("node_id"),
+    Index(None, "heartbeat_at"),
+    Index(None, "version_id"),
+)
+
+audit_logs = _table(
+    "audit_logs",
+    _id(),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("diff", Json, nullable=False),
+    _created(),
+    Index(None, "actor"),
+    Index(None, "created_at"),
+)
+
+acme_accounts = _table(
+    "acme_accounts",
+    _id(),
+    Column("directory_url", Text, nullable=False),
+    Column("credentials_json", Json, nullable=False),
+    _created(),
+    # ours
+    Column("is_default", Boolean, nullable=False, server_default=text("false")),
+    Index(None, "directory_url"),
+    # Two workers that make the first account at the same time end up with one.
+    Index(
+        "uq_acme_accounts_default",
+        "directory_url",
+        unique=True,
+        sqlite_where=text("is_default"),
+        postgresql_where=text("is_default"),
+    ),
+)
+
+# -- ours ---------------------------------------------------------------------------------------
+
+lineages = _table(
+    "lineages",
+    _id(),
+    Column("dns_names", TextArray, nullable=False),
+    Column("names_hash", Text, nullable=False),
+    Column("directory_url", Text, nullable=False),
+    Column("profile", Text, nullable=False, server_default=text("''")),
+    Column("key_type", Text, nullable=False),
+    Column("status", Text, nullable=False, server_default=text("'pending'")),
+    Column("certificate_id", UuidText),
+    Column("issuance_id", UuidText),
+    Column("not_before", UtcTime),
+    Column("not_after", UtcTime),
+    Column("renew_at", UtcTime),
+    Column("next_check_at", UtcTime),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("error", Json),
+    Column("served_at", UtcTime),
+    _created(),
+    _updated(),
+    _one_of("status", "active", "error", "pending"),
+    UniqueConstraint("names_hash", "directory_url", "profile", "key_type", name="uq_lineages_wanted"),
+    Index(
+        "ix_lineages_due",
+        "next_check_at",
+        sqlite_where=text("next_check_at IS NOT NULL"),
+        postgresql_where=text("next_check_at IS NOT NULL"),
+    ),
+    Index(None, "certificate_id"),
+    Index(
+        "ix_lineages_unserved",
+        "id",
+        sqlite_where=text("served_at IS NULL AND certificate_id IS NOT NULL"),
+        postgresql_where=text("served_at IS NULL AND certificate_id IS NOT NULL"),
+    ),
+)
+
+lineage_names = _table(
+    "lineage_names",
+    Column("dns_name", Text, primary_key=True),
+    Column("lineage_id", UuidText, ForeignKey("lineages.id", ondelete="CASCADE"), primary_key=True),
+    Index(None, "lineage_id"),
+)
+
+policy_lineages = _table(
+    "policy_lineages",
+    # Not a foreign key: when a policy is deleted, reconcile still has to find what it wanted.
+    Column("policy_id", UuidText, primary_key=True),
+    Column("lineage_id", UuidText, ForeignKey("lineages.id", ondelete="CASCADE"), primary_key=True),
+    # A copy of the lineage's, so that a policy's status is two index look-ups whatever its size.
+    Column("lineage_status", Text, nullable=False),
+    _one_of("lineage_status", "active", "error", "pending"),
+    Index(None, "lineage_id"),
+    Index(
+        "ix_policy_lineages_lacking",
+        "policy_id",
+        "lineage_status",
+        sqlite_where=text("lineage_status <> 'active'"),
+        postgresql_where=text("lineage_status <> 'active'"),
+    ),
+)
+
+issuances = _table(
+    "issuances",
+    _id(),
+    Column("lineage_id", UuidText, ForeignKey("lineages.id", ondelete="CASCADE"), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'queued'")),
+    Column("state_at", UtcTime, nullable=False),
+    Column("attempt_at", UtcTime, nullable=False),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("error", Json),
+    Column("account_id", UuidText, ForeignKey("acme_accounts.id")),
+    Column("key_pem", Text),
+    Column("csr_der", LargeBinary),
+    Column("spki_sha256", Text),
+    Column("order_url", Text),
+    Column("finalize_url", Text),
+    Column("order_expires_at", UtcTime),
+    Column("certificate_url", Text),
+    Column("chain_pem", Text),
+    Column("serial", Text),
+    Column("fingerprint", Text),
+    Column("not_before", UtcTime),
+    Column("not_after", UtcTime),
+    Column("lease_owner", UuidText),
+    Column("lease_token", BigInteger, nullable=False, server_default=text("0")),
+    Column("lease_until", UtcTime),
+    Column("claims", Integer, nullable=False, server_default=text("0")),
+    Column("closed_at", UtcTime),
+    _created(),
+    _one_of(
+        "state",
+        "queued",
+        "key_ready",
+        "order_intent",
+        "ordered",
+        "published",
+        "validating",
+        "authorized",
+        "finalize_intent",
+        "finalizing",
+        "issued",
+        "downloaded",
+        "done",
+        "failed",
+        "cancelled",
+    ),
+    # Crash safety rests on this: no order without its key on disk.
+    CheckConstraint(
+        "state IN ('queued', 'failed', 'cancelled') OR (key_pem IS NOT NULL AND csr_der IS NOT NULL)", name="key_first"
+    ),
+    CheckConstraint("state NOT IN ('downloaded', 'done') OR chain_pem IS NOT NULL", name="chain_first"),
+    Index(
+        "uq_issuances_open", "lineage_id", unique=True, sqlite_where=text(OPEN_STATE), postgresql_where=text(OPEN_STATE)
+    ),
+    Index("ix_issuances_due", "attempt_at", sqlite_where=text(OPEN_STATE), postgresql_where=text(OPEN_STATE)),
+    Index("uq_issuances_order_url", "order_url", unique=True),
+    Index("uq_issuances_spki_sha256", "spki_sha256", unique=True),
+    Index("ix_issuances_history", "lineage_id", "created_at"),
+    Index(
+        "ix_issuances_closed_at",
+        "closed_at",
+        sqlite_where=text("closed_at IS NOT NULL"),
+        postgresql_where=text("closed_at IS NOT NULL"),
+    ),
+)
+
+challenges = _table(
+    "challenges",
+    _id(),
+    Column("issuance_id", UuidText, ForeignKey("issuances.id", ondelete="CASCADE"), nullable=False),
+    Column("authorization_url", Text, nullable=False),
+    Column("dns_name", Text, nullable=False),
+    # Not unique: a CA may share a pending authorization between two orders.
+    Column("token", Text, nullable=False),
+    Column("key_authorization", Text, nullable=False),
+    _created(),
+    UniqueConstraint("issuance_id", "authorization_url"),
+    Index(None, "token"),
+)
+
+removed_certificates = _table(
+    "removed_certificates",
+    Column("certificate_id", UuidText, primary_key=True),
+    Column("revision", BigInteger, nullable=False),
+    Column("removed_at", UtcTime, nullable=False),
+    Index(None, "revision"),
+)
+
+counters = _table(
+    "counters",
+    Column("name", Text, primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)
+
+changes = _table(
+    "changes",
+    Column("id", BigKey, primary_key=True),
+    Column("topic", Text, nullable=False),
+    Column("row_id", UuidText, nullable=False),
+    _one_of("topic", "gateway", "policy", "certificate"),
+    Index(None, "topic", "id"),
+)
+
+workers = _table(
+    "workers",
+    _id(),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("started_at", UtcTime, nullable=False),
+    Column("heartbeat_at", UtcTime, nullable=False),
+)
+
+settings_kv = _table(
+    "settings_kv",
+    Column("key", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+)

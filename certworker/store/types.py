@@ -1,0 +1,178 @@
+"""Column types that mean the same on SQLite and PostgreSQL, and read the same by other programs.
+
+| type      | PostgreSQL    | SQLite                                            |
+|-----------|---------------|---------------------------------------------------|
+| Uuid      | uuid          | 36 characters, lower case, with dashes            |
+| UtcTime   | timestamptz   | `YYYY-MM-DDTHH:MM:SS.ffffffZ`                     |
+| Json      | jsonb         | text holding JSON                                 |
+| TextArray | text[]        | text holding a JSON array of strings              |
+
+On SQLite every form is a CHECK (`form_checks`), so that a row another program wrote in some other
+form is refused instead of silently never matching a join or a due-comparison.
+
+The types are part of the storage format: migrations import them, so a change here is a new type.
+"""
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Integer,
+    Text,
+    TypeDecorator,
+    Uuid,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.types import TypeEngine
+
+_SQLITE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
+
+
+class UuidText(TypeDecorator[str]):
+    """A UUID, in Python always the 36-character lower-case text."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(Uuid(as_uuid=False))
+        return dialect.type_descriptor(Text())
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An instant: aware in, aware UTC out. A naive datetime is refused."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(DateTime(timezone=True))
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"a naive datetime cannot be stored: {value!r}")
+        value = value.astimezone(UTC)
+        return value if dialect.name == "postgresql" else value.strftime(_SQLITE_TIME)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if dialect.name == "postgresql":
+            return value.astimezone(UTC)  # type: ignore[no-any-return]
+        return datetime.fromisoformat(value)
+
+
+class TextArray(TypeDecorator[list[str]]):
+    """An ordered list of texts. Search it with `store.policies.wanting`, never with LIKE."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(ARRAY(Text()))
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: list[str] | None, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        return list(value) if dialect.name == "postgresql" else json.dumps(list(value), ensure_ascii=False)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> list[str] | None:
+        if value is None:
+            return None
+        return list(value) if dialect.name == "postgresql" else list(json.loads(value))
+
+
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+"""Any JSON value; Python None is SQL NULL."""
+
+BigKey = BigInteger().with_variant(Integer(), "sqlite")
+"""A 64-bit key the database numbers itself; SQLite numbers only a column of exactly INTEGER."""
+
+
+class db_now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
+    """The database's present time, which all workers share: leases and heartbeats, nothing else.
+
+    PostgreSQL's `clock_timestamp()`, because `now()` stands still inside a transaction. SQLite has
+    milliseconds only.
+    """
+
+    type = UtcTime()
+    inherit_cache = True
+
+
+class server_time(FunctionElement[datetime]):  # noqa: N801
+    """The default of a time column, for rows that other programs write without naming it."""
+
+    type = UtcTime()
+    inherit_cache = True
+
+
+class seconds_from_now(FunctionElement[datetime]):  # noqa: N801
+    """`seconds_from_now(literal(60))`: the database's time so many whole seconds ahead."""
+
+    type = UtcTime()
+    inherit_cache = True
+
+
+def _spell(element: type[FunctionElement[datetime]], dialect: str, sql: str) -> None:
+    def spelled(element: FunctionElement[datetime], compiler: SQLCompiler, **kw: Any) -> str:
+        return sql.format(compiler.process(element.clauses, **kw)) if "{0}" in sql else sql
+
+    compiles(element, dialect)(spelled)
+
+
+_spell(db_now, "postgresql", "clock_timestamp()")
+_spell(db_now, "sqlite", "strftime('%Y-%m-%dT%H:%M:%f000Z', 'now')")
+_spell(server_time, "postgresql", "CURRENT_TIMESTAMP")
+_spell(server_time, "sqlite", "(strftime('%Y-%m-%dT%H:%M:%f000Z', 'now'))")
+_spell(seconds_from_now, "postgresql", "(clock_timestamp() + make_interval(secs => {0}))")
+_spell(seconds_from_now, "sqlite", "strftime('%Y-%m-%dT%H:%M:%f000Z', 'now', {0} || ' seconds')")
+
+_UUID_FORM = (
+    "length({0}) = 36 AND {0} GLOB '????????-????-????-????-????????????'"
+    " AND replace({0}, '-', '') NOT GLOB '*[^0-9a-f]*'"
+)
+_DIGITS = {n: "[0-9]" * n for n in (2, 4, 6)}
+_TIME_FORM = (
+    "{0} GLOB '"
+    f"{_DIGITS[4]}-{_DIGITS[2]}-{_DIGITS[2]}T{_DIGITS[2]}:{_DIGITS[2]}:{_DIGITS[2]}.{_DIGITS[6]}Z"
+    "' AND julianday({0}) IS NOT NULL"
+)
+_FORMS: dict[type, str] = {
+    UuidText: _UUID_FORM,
+    UtcTime: _TIME_FORM,
+    TextArray: "json_valid({0}) AND json_type({0}) = 'array'",
+    JSON: "json_valid({0})",
+    Boolean: "{0} IN (0, 1)",
+}
+
+
+def form_checks(columns: Iterable[Column[Any]]) -> list[CheckConstraint]:
+    """Return the CHECKs that hold SQLite to the forms above; PostgreSQL's own types do that there."""
+    checks = []
+    for column in columns:
+        form = _FORMS.get(type(column.type))
+        if form is not None:
+            check = CheckConstraint(form.format(column.name), name=f"{column.name}_form")
+            checks.append(check.ddl_if(dialect="sqlite"))
+    return checks

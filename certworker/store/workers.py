@@ -1,0 +1,59 @@
+"""`workers`: who is alive. One row per process that runs the service, removed when it ends."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection, delete, insert, literal, select, update
+
+from certworker.store.rows import columns_of, to_value
+from certworker.store.tables import workers
+from certworker.store.types import db_now, seconds_from_now
+
+SILENT = timedelta(seconds=60)
+"""A worker whose heartbeat is older is not counted on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A row of `workers`; times are the database's."""
+
+    id: str
+    host: str
+    pid: int
+    version: str
+    started_at: datetime
+    heartbeat_at: datetime
+
+
+def enter(tx: Connection, worker_id: str, host: str, pid: int, version: str) -> None:
+    """Say that a worker is there."""
+    tx.execute(
+        insert(workers).values(
+            id=worker_id, host=host, pid=pid, version=version, started_at=db_now(), heartbeat_at=db_now()
+        )
+    )
+
+
+def beat(tx: Connection, worker_id: str) -> None:
+    """Say that it still is."""
+    tx.execute(update(workers).where(workers.c.id == worker_id).values(heartbeat_at=db_now()))
+
+
+def leave(tx: Connection, worker_id: str) -> None:
+    """Say that it is no more."""
+    tx.execute(delete(workers).where(workers.c.id == worker_id))
+
+
+def alive(tx: Connection) -> list[Worker]:
+    """Return the workers heard of lately."""
+    since = seconds_from_now(literal(-int(SILENT.total_seconds())))
+    query = select(*columns_of(Worker, workers)).where(workers.c.heartbeat_at > since).order_by(workers.c.started_at)
+    return [to_value(Worker, row) for row in tx.execute(query)]
+
+
+def bury(tx: Connection, *, everybody: bool = False) -> None:
+    """Delete workers that were not heard of for ten times as long as SILENT, or (SQLite's one) all."""
+    dead = delete(workers)
+    if not everybody:
+        dead = dead.where(workers.c.heartbeat_at < seconds_from_now(literal(-10 * int(SILENT.total_seconds()))))
+    tx.execute(dead)

@@ -1,0 +1,278 @@
+"""From settings to working parts: the only place that constructs things.
+
+`open_app` is what every command needs; the rest is made when a command asks for it, so that a short one
+does not pay for what a long one uses.
+"""
+
+import os
+import platform
+import pwd
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from certworker.ca.client import Client, ExternalAccount
+from certworker.ca.transport import Transport
+from certworker.clock import Clock, system_clock
+from certworker.core.certificate import normalise_pair
+from certworker.core.gateway import Defaults
+from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat, NodeCertificate
+from certworker.core.snapshot import read_snapshot
+from certworker.errors import CertworkerError, InputError, SealError, SettingsError
+from certworker.node.agent import Agent
+from certworker.node.control import PublishedVersion
+from certworker.node.folder import Folder
+from certworker.node.haproxy import Haproxy, HaproxySetup
+from certworker.node.patience import Patience
+from certworker.resolver import look_up
+from certworker.responder import Responder
+from certworker.settings import Settings
+from certworker.steps.issue import Bench, Session
+from certworker.steps.reconcile import Wanted
+from certworker.steps.register import Accounts, Registration
+from certworker.store import (
+    certificates,
+    challenges,
+    counters,
+    lineages,
+    nodes,
+    policies,
+    settings_kv,
+    versions,
+)
+from certworker.store.certificates import StoredCertificate
+from certworker.store.database import Database, Transaction, open_database, schema_revision, sqlite_path
+from certworker.store.lineages import Issuer
+from certworker.store.role import WorkerRole
+from certworker.store.seal import Sealer, make_kek, read_kek
+
+_KEK_WORD = "certworker"
+_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """What every command works with."""
+
+    settings: Settings
+    db: Database
+    sealer: Sealer
+    clock: Clock
+
+    def close(self) -> None:
+        """Close the database."""
+        self.db.close()
+
+    @property
+    def wanted(self) -> Wanted:
+        """What certificates are made for."""
+        s = self.settings
+        return Wanted(Issuer(s.acme_directory_url, s.acme_profile or "", s.key_type), s.acme_private_ca)
+
+    @property
+    def defaults(self) -> Defaults:
+        """What the gateway's rows leave open."""
+        s = self.settings
+        return Defaults(
+            timedelta(seconds=s.health_check_interval_secs),
+            timedelta(milliseconds=s.health_check_timeout_ms),
+            tuple(s.responder_addresses),
+        )
+
+
+def initialise(settings: Settings, upgrade: Callable[[Database], tuple[str | None, str | None]]) -> list[str]:
+    """Make data folder, database and key-encryption key; return a line for each thing that was made.
+
+    Safe to repeat: what is there stays. `upgrade` migrates (`store.schema`, which is slow to import).
+    """
+    made = []
+    if not settings.data_dir.is_dir():
+        settings.data_dir.mkdir(parents=True, mode=0o700)
+        made.append(f"data folder {settings.data_dir}")
+    db = open_database(settings.database_url)
+    try:
+        kek_file = kek_path(settings)
+        # First the key, then the schema: a database without its key must not look finished.
+        if settings.seal == "on" and not kek_file.exists():
+            _refuse_new_key_for_old_database(db, kek_file)
+            make_kek(kek_file)
+            made.append(f"key-encryption key {kek_file}: keep a copy of it apart from the database's backups")
+        before, after = upgrade(db)
+        if before != after:
+            made.append(f"database schema {after}" + (f" (was {before})" if before else ""))
+        _check_kek(db, make_sealer(settings))
+    finally:
+        db.close()
+    return made
+
+
+def open_app(settings: Settings, clock: Clock = system_clock) -> App:
+    """Open the database and the key, or say in one error what is missing; no work is done before."""
+    path = sqlite_path(settings.database_url)
+    if path is not None and not path.exists():
+        raise SettingsError(f"there is no database {path} yet: run `certworker init`, or check DATA_DIR")
+    db = open_database(settings.database_url)
+    try:
+        db.check_schema()
+        sealer = make_sealer(settings)
+        _check_kek(db, sealer)
+    except CertworkerError:
+        db.close()
+        raise
+    return App(settings, db, sealer, clock)
+
+
+def kek_path(settings: Settings) -> Path:
+    """Return where the key-encryption key is."""
+    return settings.kek_file or settings.data_dir / "kek"
+
+
+def make_sealer(settings: Settings) -> Sealer:
+    """Return what seals and opens keys; with SEAL=off a key file that is there still opens old values."""
+    sealing = settings.seal == "on"
+    path = kek_path(settings)
+    return Sealer(read_kek(path) if sealing or path.exists() else None, sealing=sealing)
+
+
+def take_role(app: App) -> WorkerRole | None:
+    """Take the worker role of an embedded database; None for PostgreSQL, which needs none."""
+    path = sqlite_path(app.settings.database_url)
+    return None if path is None else WorkerRole.take(path, app.clock())
+
+
+def make_bench(app: App, moved: Callable[[Session], None]) -> Bench:
+    """Return what issuances are made with."""
+    s = app.settings
+    transport = Transport(s.acme_ca_bundle, os.environ)
+    client = Client(s.acme_directory_url, transport, app.clock)
+    secret = s.acme_eab_hmac_key.get_secret_value() if s.acme_eab_hmac_key else ""
+    external = ExternalAccount(s.acme_eab_kid, secret) if s.acme_eab_kid else None
+    registration = Registration(s.acme_directory_url, tuple(s.acme_contact), s.acme_tos_agreed, external)
+    accounts = Accounts(app.db, client, app.sealer, app.clock, registration)
+    return Bench(
+        app.db, client, accounts, app.sealer, app.clock, random.SystemRandom().random,
+        lambda name: look_up(name, s.dns_resolver), moved,
+    )  # fmt: skip
+
+
+def make_responder(app: App, on_fetch: Callable[[str], object]) -> Responder:
+    """Return the responder, not started; it answers any live token of the database."""
+    host, _, port = app.settings.responder_listen.rpartition(":")
+    return Responder(
+        host.strip("[]"),
+        int(port),
+        lambda token: app.db.read(lambda tx: challenges.find_key_authorization(tx, token)),
+        on_fetch,
+    )
+
+
+def make_agent(app: App) -> Agent | None:
+    """Return the embedded node's agent, None if this machine has no proxy to manage."""
+    s = app.settings
+    if s.embedded_node == "none":
+        return None
+    if s.embedded_node == "nginx":
+        raise SettingsError("CERTWORKER_EMBEDDED_NODE 'nginx': nginx nodes come with a later release; use haproxy")
+    folder, patience = Folder(s.data_dir / "node"), Patience()
+    user = _existing_user("haproxy")
+    setup = HaproxySetup(_haproxy(s), ipv6=Path("/proc/net/if_inet6").exists(), user=user, group=user)
+    return Agent(
+        s.node_name, DatabaseSource(app), folder, Haproxy(folder, setup, patience), patience, random.SystemRandom()
+    )
+
+
+class DatabaseSource:
+    """What an embedded node asks: the database itself. A `node.control.Source`."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    def published(self) -> PublishedVersion | None:
+        version = self._app.db.read(versions.find_published)
+        if version is None:
+            return None
+        return PublishedVersion(version.id, version.number or 0, read_snapshot(version.snapshot_json))
+
+    def changes_after(self, cursor: Cursor) -> CertificateChanges:
+        return self._app.db.read(lambda tx: self._changes(tx, cursor))
+
+    def report(self, heartbeat: Heartbeat) -> None:
+        self._app.db.write(lambda tx: nodes.record(tx, heartbeat))
+
+    def _changes(self, tx: Transaction, cursor: Cursor) -> CertificateChanges:
+        epoch = counters.value(tx, counters.EPOCH)
+        complete = cursor.epoch != epoch
+        after = 0 if complete else cursor.revision
+        page = certificates.changed_since(tx, after, None if complete else _PAGE)
+        removed = [] if complete else certificates.removed_since(tx, after)
+        more = not complete and len(page) == _PAGE
+        end = (page[-1].revision or after) if more else counters.value(tx, counters.REVISION)
+        served = [certificate for certificate in page if certificate.status == "active"]
+        gone = {certificate.id for certificate in page if certificate.status != "active"}
+        gone |= {certificate_id for certificate_id, revision in removed if revision <= end}
+        changed = tuple(one for certificate in served if (one := self._open(tx, certificate)) is not None)
+        return CertificateChanges(Cursor(epoch, end), changed, frozenset(gone), complete)
+
+    def _open(self, tx: Transaction, certificate: StoredCertificate) -> NodeCertificate | None:
+        try:
+            key_pem = self._app.sealer.open(
+                certificate.key_pem, table="certificates", column="key_pem", row_id=certificate.id
+            )
+            chain_pem, key_pem = normalise_pair(certificate.cert_pem, key_pem)
+        except (SealError, InputError):
+            return None  # reconcile flips it to `error` when the row is noted
+        return NodeCertificate(
+            certificate.id, frozenset(_policy_ids(tx, certificate)), tuple(certificate.dns_names or ()), chain_pem,
+            key_pem, certificate.fingerprint or "", certificate.expires_at, certificate.revision or 0,
+        )  # fmt: skip
+
+
+def _policy_ids(tx: Transaction, certificate: StoredCertificate) -> set[str]:
+    linked = set() if certificate.lineage_id is None else set(lineages.policy_ids(tx, certificate.lineage_id))
+    if certificate.lineage_id is None:
+        for name in certificate.dns_names or ():
+            linked |= {policy.id for policy in policies.wanting(tx, name)}
+    return linked
+
+
+def _haproxy(settings: Settings) -> Path:
+    found = settings.haproxy_bin or shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/sbin")
+    if not found:
+        raise SettingsError("EMBEDDED_NODE=haproxy, but there is no haproxy on the PATH: install it or set HAPROXY_BIN")
+    return Path(found)
+
+
+def _existing_user(name: str) -> str | None:
+    """Return the user a proxy started by root gives up its rights to."""
+    if os.geteuid() != 0 or platform.system() != "Linux":
+        return None
+    try:
+        return pwd.getpwnam(name).pw_name
+    except KeyError:
+        return None
+
+
+def _refuse_new_key_for_old_database(db: Database, kek_file: Path) -> None:
+    """A new key beside a database that was sealed with another one would hide that the old one is lost."""
+
+    def sealed_before(tx: Transaction) -> bool:
+        return schema_revision(tx) is not None and settings_kv.find(tx, settings_kv.KEK_CHECK) is not None
+
+    if db.read(sealed_before):
+        raise SealError(
+            f"the database was sealed with a key-encryption key that is not at {kek_file}: "
+            "restore that file from your backup, or set KEK_FILE to it"
+        )
+
+
+def _check_kek(db: Database, sealer: Sealer) -> None:
+    """Open a word that was sealed when the database was made: a wrong key is found before any work."""
+    place = {"table": "settings_kv", "column": "value", "row_id": settings_kv.KEK_CHECK}
+    sealed = db.read(lambda tx: settings_kv.find(tx, settings_kv.KEK_CHECK))
+    if sealed is not None:
+        sealer.open(sealed, **place)
+    elif sealer.sealing:
+        db.write(lambda tx: settings_kv.put(tx, settings_kv.KEK_CHECK, sealer.seal(_KEK_WORD, **place)))

@@ -1,0 +1,1 @@
+"""Alembic: numbered revisions, one change each; the same ones run on SQLite and PostgreSQL."""
