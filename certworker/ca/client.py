@@ -102,6 +102,16 @@ class Client:
         """Replace the account's contact URLs (RFC 8555 §7.3.2)."""
         self._post("changing the account's contacts", account, account.url, {"contact": list(contacts)})
 
+    def change_key(self, account: Account, new_key: AccountKey) -> Account:
+        """Give the account another key (RFC 8555 §7.3.5).
+
+        If no answer comes, `find_account` of the new key and then of the old says which one it has.
+        """
+        url = self.directory().key_change
+        endorsed = jws.endorse_key(account.key, new_key, url=url, account_url=account.url)
+        self._post("changing the account's key", account, url, endorsed)
+        return Account(account.url, new_key)
+
     def deactivate_account(self, account: Account) -> None:
         """Give up the account for good (RFC 8555 §7.3.6)."""
         self._post("deactivating the account", account, account.url, {"status": "deactivated"})

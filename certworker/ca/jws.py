@@ -4,6 +4,7 @@
 only where an account is bound to an external one: it pulls in `requests`, which nothing else here needs.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,3 +29,10 @@ def bind_external(key: AccountKey, *, url: str, kid: str, hmac_key: str) -> Mapp
         return ExternalAccountBinding.from_data(key.jwk.public_key(), kid, hmac_key, Directory({"newAccount": url}))
     except ValueError:
         raise InputError("ACME_EAB_HMAC_KEY: must be the base64url text that the CA gave") from None
+
+
+def endorse_key(old: AccountKey, new: AccountKey, *, url: str, account_url: str) -> Mapping[str, Any]:
+    """Return the proof, signed by `new`, that it may take the place of `old` (RFC 8555 §7.3.5)."""
+    payload = {"account": account_url, "oldKey": old.jwk.public_key().to_partial_json()}
+    jws = JWS.sign(json.dumps(payload).encode(), key=new.jwk, alg=new.algorithm, nonce=None, url=url)
+    return dict(jws.to_partial_json())

@@ -10,7 +10,7 @@ or change is public; `fail_next` scripts what goes wrong.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
@@ -20,81 +20,13 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from certworker.ca.transport import ANSWER_LIMIT, Http, Response
 from certworker.errors import AnswerFault
 
 from . import fake_jws
-from .fake_issuer import base64url, issue, make_hierarchy, renewal_id, to_pem
-
-ORIGIN = "https://ca.test"
-URN = "urn:ietf:params:acme:error:"
-
-
-@dataclass(slots=True)
-class FakeAccount:
-    url: str
-    jwk: Mapping[str, str]
-    contact: Sequence[str]
-    status: str = "valid"
-
-
-@dataclass(slots=True)
-class FakeAuthorization:
-    url: str
-    account: FakeAccount
-    dns_name: str
-    token: str
-    expires_at: datetime
-    status: str = "pending"
-    challenge_status: str = "pending"
-    error: Mapping[str, Any] | None = None
-
-
-@dataclass(slots=True)
-class FakeOrder:
-    url: str
-    account: FakeAccount
-    dns_names: Sequence[str]
-    authorizations: Sequence[FakeAuthorization]
-    expires_at: datetime
-    profile: str | None = None
-    replaces: str | None = None
-    status: str = "pending"
-    error: Mapping[str, Any] | None = None
-    looks_left: int = 0
-    """How often a look still says `processing`."""
-    chain_pem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Issued:
-    """One line of the ledger: a certificate that exists, whether or not anybody fetched it."""
-
-    serial: int
-    order_url: str
-    dns_names: frozenset[str]
-    certificate: x509.Certificate
-    chain_pem: str
-    profile: str | None
-    replaces: str | None
-
-    @property
-    def renewal_id(self) -> str:
-        """RFC 9773 §4.1."""
-        return renewal_id(self.certificate)
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One request, as far as it was understood."""
-
-    method: str
-    path: str
-    payload: Any = None
-    """The signed JSON; "" for a POST-as-GET, None where nothing was signed."""
-    account_url: str | None = None
+from .fake_issuer import base64url, issue, make_hierarchy, to_pem
+from .fake_state import ORIGIN, URN, FakeAccount, FakeAuthorization, FakeOrder, Issued, Seen, show_time
 
 
 @dataclass(slots=True)
@@ -276,6 +208,7 @@ class FakeCa(_Knobs):
         account = self._authenticate(signed, url)
         routes: dict[str, Callable[[FakeAccount, str, Any], tuple[int, dict[str, str], str]]] = {
             "account": self._account,
+            "key-change": self._key_change,
             "new-order": self._new_order,
             "order": self._order,
             "authorization": self._authorization,
@@ -325,7 +258,7 @@ class FakeCa(_Knobs):
         if existing is not None:
             if existing.status != "valid":
                 raise _Refused(403, "unauthorized", "account has been deactivated")
-            return 200, {"location": existing.url}, self._show_account(existing)
+            return 200, {"location": existing.url}, existing.show()
         if payload.get("onlyReturnExisting"):
             raise _Refused(400, "accountDoesNotExist", "no account for this key")
         if self.terms and not payload.get("termsOfServiceAgreed"):
@@ -334,7 +267,7 @@ class FakeCa(_Knobs):
             self._check_binding(payload.get("externalAccountBinding"), jwk)
         account = FakeAccount(f"{ORIGIN}/account/{len(self.accounts) + 1}", jwk, payload.get("contact", []))
         self.accounts[account.url] = account
-        return 201, {"location": account.url}, self._show_account(account)
+        return 201, {"location": account.url}, account.show()
 
     def _check_binding(self, binding: Any, jwk: Mapping[str, str]) -> None:
         if binding is None:
@@ -351,7 +284,21 @@ class FakeCa(_Knobs):
         if payload:
             account.contact = payload.get("contact", account.contact)
             account.status = payload.get("status", account.status)
-        return 200, {}, self._show_account(account)
+        return 200, {}, account.show()
+
+    def _key_change(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
+        inner = fake_jws.parse(payload)
+        jwk = inner.header.get("jwk", {})
+        meant = {"account": account.url, "oldKey": account.jwk}
+        if set(inner.header) != {"alg", "jwk", "url"} or inner.header["url"] != url:
+            raise _Refused(400, "malformed", "the inner header is wrong")
+        if json.loads(inner.payload) != meant or not fake_jws.is_signed(inner, jwk):
+            raise _Refused(400, "malformed", "the new key does not endorse the change")
+        known = next((a for a in self.accounts.values() if a.jwk == jwk), None)
+        if known is not None:
+            raise _Refused(409, "conflict", "the key has an account already")
+        account.jwk = jwk
+        return 200, {}, account.show()
 
     # -- orders ----------------------------------------------------------------------------------------
 
@@ -373,7 +320,8 @@ class FakeCa(_Knobs):
             f"{ORIGIN}/order/{self._name('order')[:12]}", account, names, authorizations, expires_at, profile, replaces
         )
         self.orders[order.url] = order
-        return 201, {"location": order.url}, self._show_order(order)
+        order.advance()
+        return 201, {"location": order.url}, order.show()
 
     def _authorize(self, account: FakeAccount, name: str, expires_at: datetime) -> FakeAuthorization:
         if self.reuse_authorizations:
@@ -387,16 +335,16 @@ class FakeCa(_Knobs):
     def _order(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
         order = self._find(self.orders, url, account)
         for authorization in order.authorizations:
-            self._look(authorization)
-        text = self._show_order(order)
-        return 200, self._wait(order.status in ("pending", "processing")), text
+            authorization.look(self.validate)
+        order.advance()
+        return 200, self._wait(order.status in ("pending", "processing")), order.show()
 
     def _authorization(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
         authorization = self._find(self.authorizations, url, account)
         if payload == {"status": "deactivated"}:
             authorization.status = "deactivated"
-        self._look(authorization)
-        return 200, self._wait(authorization.status == "pending"), self._show_authorization(authorization)
+        authorization.look(self.validate)
+        return 200, self._wait(authorization.status == "pending"), authorization.show()
 
     def _challenge(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
         authorization = self._find(self.authorizations, url.replace("/challenge/", "/authorization/"), account)
@@ -406,25 +354,12 @@ class FakeCa(_Knobs):
             raise _Refused(400, "malformed", "the challenge is not pending")
         authorization.challenge_status = "processing"
         if self.validate_on == "answer":
-            self._look(authorization)
-        return 200, {}, json.dumps(self._challenge_object(authorization))
-
-    def _look(self, authorization: FakeAuthorization) -> None:
-        """Do what was announced by answering the challenge (RFC 8555 §8.3)."""
-        if authorization.challenge_status != "processing":
-            return
-        answer = self.validate(authorization.token, authorization.dns_name)
-        expected = f"{authorization.token}.{fake_jws.thumbprint(authorization.account.jwk)}"
-        if answer == expected:
-            authorization.status = authorization.challenge_status = "valid"
-            return
-        authorization.status = authorization.challenge_status = "invalid"
-        code, detail = ("connection", "could not connect") if answer is None else ("unauthorized", "wrong content")
-        authorization.error = {"type": URN + code, "detail": detail, "status": 403}
+            authorization.look(self.validate)
+        return 200, {}, json.dumps(authorization.challenge())
 
     def _finalize(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
         order = self._find(self.orders, url.replace("/finalize/", "/order/"), account)
-        self._show_order(order)
+        order.advance()
         if order.status != "ready":
             raise _Refused(403, "orderNotReady", f"the order is {order.status}")
         csr = x509.load_der_x509_csr(fake_jws.decode(payload["csr"]))
@@ -433,8 +368,8 @@ class FakeCa(_Knobs):
             raise _Refused(400, "badCSR", "the request is for other names, or its signature is wrong")
         self._issue(order, csr)
         order.status, order.looks_left = "processing", self.processing_looks
-        text = self._show_order(order)
-        return 200, self._wait(order.status == "processing"), text
+        order.advance()
+        return 200, self._wait(order.status == "processing"), order.show()
 
     def _issue(self, order: FakeOrder, csr: x509.CertificateSigningRequest) -> None:
         lifetime = self.profiles.get(order.profile or "", self.lifetime)
@@ -470,7 +405,7 @@ class FakeCa(_Knobs):
         return (
             200,
             {"retry-after": "21600"},
-            json.dumps({"suggestedWindow": {"start": _time(start), "end": _time(end)}}),
+            json.dumps({"suggestedWindow": {"start": show_time(start), "end": show_time(end)}}),
         )
 
     # -- what is shown ---------------------------------------------------------------------------------
@@ -499,59 +434,3 @@ class FakeCa(_Knobs):
             "renewalInfo": "renewal-info",
         }
         return {"meta": meta, **{name: f"{ORIGIN}/{path}" for name, path in paths.items()}}
-
-    def _show_account(self, account: FakeAccount) -> str:
-        return json.dumps(
-            {"status": account.status, "contact": list(account.contact), "orders": f"{account.url}/orders"}
-        )
-
-    def _show_order(self, order: FakeOrder) -> str:
-        """Move the order to where its parts have brought it, and show it (RFC 8555 §7.1.6)."""
-        statuses = {authorization.status for authorization in order.authorizations}
-        if order.status == "pending" and statuses <= {"valid"}:
-            order.status = "ready"
-        elif order.status in ("pending", "ready") and statuses & {"invalid", "deactivated", "expired", "revoked"}:
-            order.status = "invalid"
-        elif order.status == "processing":
-            order.status, order.looks_left = "processing" if order.looks_left else "valid", order.looks_left - 1
-        shown: dict[str, Any] = {
-            "status": order.status,
-            "expires": _time(order.expires_at),
-            "identifiers": [{"type": "dns", "value": name} for name in order.dns_names],
-            "authorizations": [authorization.url for authorization in order.authorizations],
-            "finalize": order.url.replace("/order/", "/finalize/"),
-        }
-        if order.status == "valid":
-            shown["certificate"] = order.url.replace("/order/", "/certificate/")
-        more = {"profile": order.profile, "replaces": order.replaces, "error": order.error}
-        return json.dumps({**shown, **{name: value for name, value in more.items() if value is not None}})
-
-    def _show_authorization(self, authorization: FakeAuthorization) -> str:
-        wildcard = authorization.dns_name.startswith("*.")
-        # In this order, and without a token, is how Pebble lists a type that we do not know.
-        unknown = {"type": "dns-persist-01", "url": f"{authorization.url}/other", "status": "pending"}
-        shown = {
-            "status": authorization.status,
-            "expires": _time(authorization.expires_at),
-            "identifier": {"type": "dns", "value": authorization.dns_name.removeprefix("*.")},
-            "challenges": [unknown] if wildcard else [unknown, self._challenge_object(authorization)],
-        }
-        return json.dumps({**shown, "wildcard": True} if wildcard else shown)
-
-    def _challenge_object(self, authorization: FakeAuthorization) -> dict[str, Any]:
-        shown = {
-            "type": "http-01",
-            "url": authorization.url.replace("/authorization/", "/challenge/"),
-            "token": authorization.token,
-            "status": authorization.challenge_status,
-        }
-        return {**shown, "error": authorization.error} if authorization.error else shown
-
-
-def spki(certificate: x509.Certificate) -> bytes:
-    """Return the public key of a certificate, to compare it with another."""
-    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-def _time(at: datetime) -> str:
-    return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"

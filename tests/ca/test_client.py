@@ -22,7 +22,8 @@ from certworker.errors import (
 )
 
 from .conftest import NOW
-from .fake import FakeCa, Issued
+from .fake import FakeCa
+from .fake_state import Issued
 
 NAMES = ("b.test", "a.test")
 
@@ -140,6 +141,25 @@ def test_contacts_can_be_changed(ca: FakeCa, client: Client, account: Account) -
     client.update_contacts(account, ["mailto:new@example.com"])
 
     assert ca.accounts[account.url].contact == ["mailto:new@example.com"]
+
+
+def test_an_account_changes_its_key(client: Client, account: Account) -> None:
+    """The new key has the account, the old one has none, and a key that has one cannot take another."""
+    other = client.new_account(AccountKey.generate(), (), terms_agreed=True, eab=None)
+    changed = client.change_key(account, AccountKey(make_key("ecdsa-p384")))
+
+    assert client.find_account(changed.key) == changed
+    assert (changed.url, client.find_account(account.key)) == (account.url, None)
+    with pytest.raises(ProblemReported, match="conflict"):
+        client.change_key(changed, other.key)
+
+
+def test_a_valid_authorization_may_be_reused(ca: FakeCa, client: Client, account: Account) -> None:
+    """Then the order is ready from the start, and there is nothing to answer."""
+    ca.reuse_authorizations = True
+    make_ready(client, account)
+
+    assert client.new_order(account, NAMES).status is OrderStatus.READY
 
 
 # -- nonces ---------------------------------------------------------------------------------------------

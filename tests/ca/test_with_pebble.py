@@ -116,6 +116,16 @@ def test_keys_of_other_clients_work(algorithm: str) -> None:
         assert client.find_account(account.key) == account
 
 
+def test_an_account_changes_its_key(key: AccountKey) -> None:
+    """To another algorithm, too; the old key is nobody's then."""
+    with Pebble(strict=True) as pebble, connect(pebble) as (client, _):
+        account = register(client, key)
+        changed = client.change_key(account, AccountKey(make_key("ecdsa-p384")))
+
+        assert client.find_account(changed.key) == changed
+        assert client.find_account(key) is None
+
+
 def test_racing_workers_share_an_account(key: AccountKey) -> None:
     """Eight at once with one key: the CA makes one account."""
     with Pebble() as pebble, connect(pebble) as (client, transport), ThreadPoolExecutor(8) as pool:
@@ -158,8 +168,8 @@ def test_contacts_are_the_cas_to_judge(key: AccountKey, contacts: list[str], cod
 
 
 def test_refusals_are_told_apart(key: AccountKey) -> None:
-    """A blocked name, a profile, a request too early, a CSR for other names."""
-    with Pebble() as pebble, connect(pebble) as (client, _):
+    """A blocked name, a profile, a request too early; nothing is asked that the directory rules out."""
+    with Pebble(nonce_reject=0) as pebble, connect(pebble) as (client, _):
         account = register(client, key)
         with pytest.raises(ProblemReported) as caught:
             client.new_order(account, ["a.test", "x.blocked-domain.example"], "default")
