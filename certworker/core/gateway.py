@@ -183,7 +183,7 @@ class _Faults:
 
     def _add_refusal(self, table: str, row: _Row, refused: ValidationError) -> None:
         for error in refused.errors(include_url=False):
-            field = _field(refused.title, ".".join(map(str, error["loc"])))
+            field = _field(refused.title, ".".join(map(_show_key, error["loc"])))
             rule = _RULES.get(error["type"], error["msg"].removeprefix("Value error, "))
             whole = error["type"] == "value_error" and not error["loc"]
             self.add(table, row, field, rule, None if whole else error["input"])
@@ -223,6 +223,10 @@ def show(value: object) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
+
+
+def _show_key(key: int | str) -> str:
+    return str(key) if str(key).isidentifier() else show(key)
 
 
 def split_address(address: object) -> tuple[str, int]:

@@ -37,7 +37,8 @@ _NO_UPSTREAM = frozenset(map(ip_address, ("255.255.255.255", "fd00:ec2::254", "1
 def check_host(value: str) -> str:
     """Return `value` in lower case if a Host header can match it: a name, or `*.` and a name."""
     host = value.lower()
-    if len(host) > 253 or not _LABELS.fullmatch(host.removeprefix("*.")):
+    # isascii before lower(): the Kelvin sign becomes a plain k.
+    if not value.isascii() or len(host) > 253 or not _LABELS.fullmatch(host.removeprefix("*.")):
         raise ValueError("a host is a name of A-labels, or *. and such a name")
     return host
 
@@ -65,7 +66,7 @@ def check_target_host(value: str) -> str:
         _check_address(address)
         return str(address)
     # `127.1` and `2130706433` are no names: proxies and libc read them as addresses.
-    if len(name) > 253 or not _LABELS.fullmatch(name) or _LOOKS_NUMERIC.fullmatch(name):
+    if not value.isascii() or len(name) > 253 or not _LABELS.fullmatch(name) or _LOOKS_NUMERIC.fullmatch(name):
         raise ValueError("an address is an IP literal or a host name, then a port")
     return name
 
