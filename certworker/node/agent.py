@@ -102,10 +102,10 @@ class Agent:
     def _restore_files(self, version: PublishedVersion) -> bool:
         """Write what the state says, and return whether the proxy may run anything else."""
         rendered = self._proxy.render(version.snapshot, version.number)
-        kept = self._folder.holds_version(version.number, rendered)
+        kept = self._folder.holds_version(version.folder_name, rendered)
         if not kept:
-            self._folder.write_version(version.number, rendered)
-        self._folder.point_at(version.number)
+            self._folder.write_version(version.folder_name, rendered)
+        self._folder.point_at(version.folder_name)
         lists = plan_lists(version, self._state.held)
         self._proxy.write_lists(lists)
         return not kept or not self._proxy.serves(lists)
@@ -187,7 +187,8 @@ class Agent:
         held = {name: one for name, one in wanted.held.items() if name not in bad}
         older = {name: self._state.held[name] for name in bad if name in self._state.held}
         held |= {name: one for name, one in older.items() if one != wanted.held[name]}
-        return replace(wanted, held=held, refused={**wanted.refused, **dict.fromkeys(bad, why)})
+        said = {name: f"certificate {name}: is its key or signature too weak? {why}" for name in bad}
+        return replace(wanted, held=held, refused={**wanted.refused, **said})
 
     def _prove(self, state: State, fresh: Iterable[str]) -> State:
         """Return the state with what handshakes said about `fresh` and about what was not proved before."""
@@ -257,7 +258,7 @@ class Agent:
             {
                 self._folder.certs: {one.file.rpartition("/")[2] for one in self._state.held.values()},
                 self._folder.lists: {f"{policy_id or 'all'}.list" for policy_id in lists},
-                self._folder.versions: set() if version is None else {str(version.number)},
+                self._folder.versions: set() if version is None else {version.folder_name},
             }
         )
 

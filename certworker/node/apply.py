@@ -67,7 +67,7 @@ def expect(version: PublishedVersion | None, held: Held, only: Iterable[str]) ->
 
 def stage_version(folder: Folder, proxy: Proxy, version: PublishedVersion) -> Path:
     """Write the folder of `version`, which nothing refers to yet, and return it."""
-    return folder.write_version(version.number, proxy.render(version.snapshot, version.number))
+    return folder.write_version(version.folder_name, proxy.render(version.snapshot, version.number))
 
 
 def switch_version(
@@ -91,7 +91,7 @@ def switch_version(
 
 
 def _switch(folder: Folder, proxy: Proxy, version: PublishedVersion) -> None:
-    folder.point_at(version.number)
+    folder.point_at(version.folder_name)
     if proxy.running():
         proxy.reload()
     else:

@@ -20,6 +20,11 @@ class PublishedVersion:
     """Grows with every version, so the greater one is the newer one."""
     snapshot: Snapshot
 
+    @property
+    def folder_name(self) -> str:
+        """Name the version by number and content: a restored control plane may give a number again."""
+        return f"{self.number}-{self.snapshot.digest()[:16]}"
+
 
 class Source(Protocol):
     """What an agent asks. Any exception of it goes through to the caller of `Agent.step`."""

@@ -2,8 +2,8 @@
 
     certs/<sha256>.pem      0600, immutable: a version or a crt-list only refers to it
     lists/<policy>.list     which certificate answers which names
-    versions/<number>/      one rendered version
-    current -> versions/N   swapped by one rename
+    versions/<name>/        one rendered version; the name says its number and its content
+    current -> versions/…   swapped by one rename
     run/                    sockets and the proxy's log
     state.json, lock        the agent's memory; one agent at a time
 
@@ -92,17 +92,17 @@ class Folder:
         if not path.is_file() or path.read_bytes() != content:
             write_file(path, content)
 
-    def holds_version(self, number: int, rendered: RenderedFiles) -> bool:
-        """Say whether exactly this is the folder of version `number`."""
-        folder = self.versions / str(number)
+    def holds_version(self, name: str, rendered: RenderedFiles) -> bool:
+        """Say whether exactly this is the folder of version `name`."""
+        folder = self.versions / name
         try:
             return all((folder / path).read_bytes() == file.content for path, file in rendered.files.items())
         except FileNotFoundError:
             return False
 
-    def write_version(self, number: int, rendered: RenderedFiles) -> Path:
-        """Write the folder of version `number`, in place of what an earlier attempt left."""
-        folder, beside = self.versions / str(number), self.versions / f"{number}.tmp"
+    def write_version(self, name: str, rendered: RenderedFiles) -> Path:
+        """Write the folder of version `name`, in place of what an earlier attempt left."""
+        folder, beside = self.versions / name, self.versions / f"{name}.tmp"
         for old in (beside, folder):
             shutil.rmtree(old, ignore_errors=True)
         beside.mkdir(mode=0o700)
@@ -112,14 +112,14 @@ class Folder:
         _flush_folder(self.versions)
         return folder
 
-    def point_at(self, number: int | None) -> None:
-        """Make version `number` the current one; None: there is none."""
-        if number is None:
+    def point_at(self, name: str | None) -> None:
+        """Make version `name` the current one; None: there is none."""
+        if name is None:
             self.current.unlink(missing_ok=True)
             return
         beside = self.path / ".current.tmp"
         beside.unlink(missing_ok=True)
-        beside.symlink_to(Path("versions") / str(number))
+        beside.symlink_to(Path("versions") / name)
         beside.replace(self.current)
         _flush_folder(self.path)
 

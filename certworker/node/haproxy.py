@@ -134,12 +134,18 @@ class Haproxy:
         if before is None:
             raise ReloadRefused("haproxy cannot be reloaded: its master does not answer")
         log_end = self._log_end()
-        answer = self._master.ask("reload", limit=READY_LIMIT)
+        answer = self._ask_to_reload()
         if "Success=0" in answer:  # since 2.7 the answer is the verdict
             raise ReloadRefused(f"haproxy refuses the reload: {_alert(answer)}")
         after = self._patience.until(lambda: self._verdict(before), READY_LIMIT)
         if after is None or after.failed:
             raise ReloadRefused(f"haproxy refuses the reload: {_alert(self._said_since(log_end))}")
+
+    def _ask_to_reload(self) -> str:
+        try:
+            return self._master.ask("reload", limit=READY_LIMIT)
+        except CommandRefused:
+            return ""  # up to 2.6 the master hangs up without an answer; `show proc` tells the rest
 
     def stop(self) -> None:
         """Let the open connections end for a while, then end the process."""

@@ -27,6 +27,8 @@ _NO_ROUTE = "no_route"
 
 # A node that is told to reload must not keep old workers for days because of one websocket.
 _HARD_STOP = "30m"
+_MAX_FILES = 1 << 20
+"""HAProxy's own default since 3.1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ def _global(options: HaproxyOptions) -> Iterator[str]:
     yield f"    hard-stop-after {_HARD_STOP}"
     yield "    ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets"
     yield "    tune.ssl.default-dh-param 2048"
+    # Containers often allow a billion open files, and HAProxy reserves memory for each.
+    yield f"    fd-hard-limit {_MAX_FILES}"
     for keyword, value in (("user", options.user), ("group", options.group)):
         if value is not None:
             yield f"    {keyword} {quote(value)}"

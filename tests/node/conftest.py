@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
@@ -92,11 +92,15 @@ class Authority:
         self._serial = 0
 
     def issue(
-        self, certificate_id: int, *names: str, revision: int = 1, policies: tuple[int, ...] = (900,)
+        self,
+        certificate_id: int,
+        *names: str,
+        policies: tuple[int, ...] = (900,),
+        key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None,
     ) -> NodeCertificate:
         """Return a fresh leaf with its key; a later one for the same id is its renewal."""
         self._serial += 1
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         expires_at = NOW + timedelta(days=3650, seconds=self._serial)
         leaf = (
             x509.CertificateBuilder()
@@ -117,7 +121,7 @@ class Authority:
             key_pem=key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode(),
             fingerprint=hashlib.sha256(leaf.public_bytes(Encoding.DER)).hexdigest(),
             expires_at=expires_at,
-            revision=revision,
+            revision=1,
         )
 
 

@@ -1,5 +1,7 @@
 """A node end to end: a real HAProxy is started, filled, renewed, refused, adopted."""
 
+import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -10,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from certworker.errors import FolderHeld
 from certworker.node.probe import Seen, probe_tls
@@ -355,6 +358,79 @@ def test_an_expected_name_is_proved_before_it_counts(https_node: tuple[Node, int
     assert "dark" in node.step().unserved[certificate.id]
     node.probe = probe_tls
     assert node.step().fingerprints == {certificate.id: certificate.fingerprint}
+
+
+def test_a_killed_proxy_is_started_again(https_node: tuple[Node, int]) -> None:
+    """kill -9 of the master takes its workers along, and the next step brings all of it back."""
+    node, port = https_node
+    master = node.proxy._find_master()
+    assert master is not None
+    os.kill(master, signal.SIGKILL)
+    await_true(lambda: probe_tls(port, "a.test").fault != "TLSV1_UNRECOGNIZED_NAME", "the port is dark")
+
+    heartbeat = node.step()
+
+    assert (heartbeat.version_number, heartbeat.error) == (1, None)
+    assert probe_tls(port, "a.test").fault == "TLSV1_UNRECOGNIZED_NAME"
+
+
+def test_one_weak_key_does_not_keep_a_node_from_starting(
+    node: Node, gateway: Gateway, ports: Ports, authority: Authority
+) -> None:
+    """What only the proxy itself refuses is left out and named; its neighbours are served."""
+    gateway.listener(port := ports.take(), "https")
+    weak = authority.issue(1, "weak.test", key=rsa.generate_private_key(65537, 1024))
+    good = authority.issue(2, "good.test")
+    node.source.put(weak)
+    node.source.put(good)
+    node.source.publish(gateway.snapshot())
+
+    heartbeat = node.step()
+
+    assert (heartbeat.version_number, heartbeat.error, list(heartbeat.unserved)) == (1, None, [weak.id])
+    assert "too weak?" in heartbeat.unserved[weak.id]
+    assert probe_tls(port, "good.test").fingerprint == good.fingerprint
+    node.source.put(authority.issue(3, "later.test", key=rsa.generate_private_key(65537, 1024)))
+    node.source.put(renewal := authority.issue(2, "good.test"))
+    assert list(node.step().unserved) == [weak.id, uuid(3)]
+    assert probe_tls(port, "good.test").fingerprint == renewal.fingerprint
+
+
+def test_certificates_wait_for_their_listener(node: Node, gateway: Gateway, ports: Ports, authority: Authority) -> None:
+    """What no listener shows is unserved; the version that brings the listener proves it."""
+    gateway.listener(ports.take())
+    node.source.publish(gateway.snapshot())
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+
+    assert "no https listener" in node.step().unserved[certificate.id]
+    gateway.listener(ports.take(), "https")
+    node.source.publish(gateway.snapshot())
+    heartbeat = node.step()
+    assert (heartbeat.unserved, heartbeat.fingerprints) == ({}, {certificate.id: certificate.fingerprint})
+
+
+def test_an_unreachable_source_leaves_the_proxy_alone(https_node: tuple[Node, int]) -> None:
+    """The proxy is looked after first; then the source's own exception goes through."""
+    node, port = https_node
+    node.agent.stop()
+    node.source.revision = -1
+    node.source.removed = None  # type: ignore[assignment]
+    with pytest.raises(AttributeError):
+        node.step()
+
+    assert probe_tls(port, "a.test").fault == "TLSV1_UNRECOGNIZED_NAME"
+
+
+def test_ipv6_clients_are_served(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """Every port is open on IPv4 and IPv6."""
+    gateway.listener(port := ports.take())
+    node.source.publish(gateway.snapshot())
+    node.step()
+
+    with socket.create_connection(("::1", port), timeout=10) as connection:
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 404"
 
 
 def test_keys_are_private(https_node: tuple[Node, int], authority: Authority) -> None:

@@ -69,10 +69,10 @@ def test_an_empty_crt_list_is_the_one_expected_warning(haproxy_binary: Path) -> 
         proxy = Haproxy(folder, HaproxySetup(haproxy_binary), Patience())
         proxy.write_lists({None: frozenset(), uuid(41): frozenset()})
         rendered = proxy.render(load("https"), 1)
-        assert proxy.check(folder.write_version(1, rendered)) == ()
+        assert proxy.check(folder.write_version("1", rendered)) == ()
 
         config = rendered.files[CONFIG].content.replace(b"    timeout client 60s\n", b"")
-        (warning, *_) = proxy.check(folder.write_version(2, RenderedFiles({CONFIG: RenderedFile(config)})))
+        (warning, *_) = proxy.check(folder.write_version("2", RenderedFiles({CONFIG: RenderedFile(config)})))
         assert "missing timeouts" in warning
 
 
@@ -177,4 +177,4 @@ def test_haproxy_takes_every_printable_character(haproxy_binary: Path) -> None:
         proxy = Haproxy(folder, HaproxySetup(haproxy_binary), Patience())
         for number, match in enumerate((PathMatch(exact=path), PathMatch(prefix=path), PathMatch(regex=regex)), 1):
             rendered = proxy.render(one_route(Match(path=match)), number)
-            assert proxy.check(folder.write_version(number, rendered)) == ()
+            assert proxy.check(folder.write_version(str(number), rendered)) == ()
