@@ -173,6 +173,8 @@ def form_checks(columns: Iterable[Column[Any]]) -> list[CheckConstraint]:
     for column in columns:
         form = _FORMS.get(type(column.type))
         if form is not None:
+            # Said outright: json_valid(NULL) is 0, not NULL, in older SQLite.
+            form = f"{{0}} IS NULL OR ({form})" if column.nullable else form
             check = CheckConstraint(form.format(column.name), name=f"{column.name}_form")
             checks.append(check.ddl_if(dialect="sqlite"))
     return checks
