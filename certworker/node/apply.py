@@ -80,14 +80,17 @@ def switch_version(
     """Make `proxy` serve the staged and checked `new`, or raise `VersionRefused` with `old` served."""
     running = proxy.running()
     try:
-        preflight(_ports(new) - (_ports(old) if running else set()))
+        if old is not None or not running:  # else a proxy that we know nothing of may hold the ports
+            preflight(_ports(new) - (_ports(old) if running else set()))
     except NodeError as refused:
         raise VersionRefused(f"version {new.number} is not applied: {refused}") from refused
     try:
         _switch(folder, proxy, new)
         verify()
     except NodeError as refused:
-        raise VersionRefused(f"version {new.number} is not served: {refused}; {_back(folder, proxy, old)}") from refused
+        raise VersionRefused(
+            f"version {new.number} is not served: {refused}; {_back(folder, proxy, old, running)}"
+        ) from refused
 
 
 def _switch(folder: Folder, proxy: Proxy, version: PublishedVersion) -> None:
@@ -100,11 +103,13 @@ def _switch(folder: Folder, proxy: Proxy, version: PublishedVersion) -> None:
         raise NodeError(f"the proxy runs version {number}")
 
 
-def _back(folder: Folder, proxy: Proxy, old: PublishedVersion | None) -> str:
+def _back(folder: Folder, proxy: Proxy, old: PublishedVersion | None, was_running: bool) -> str:
     """Return to the version before, and say how that went."""
     if old is None:
-        proxy.stop()
         folder.point_at(None)
+        if was_running:
+            return "the proxy that ran here before is left as it is"
+        proxy.stop()
         return "no version is served"
     try:
         _switch(folder, proxy, old)

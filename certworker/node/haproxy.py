@@ -11,9 +11,10 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,12 +49,22 @@ HAProxy starts and refuses each handshake with `unrecognized_name`, which is wha
 way to silence it would be a placeholder certificate, and clients could then be shown that."""
 
 
+def has_ipv6() -> bool:
+    """Say whether this machine can listen on IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6) as trial:
+            trial.bind(("::", 0))
+    except OSError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class HaproxySetup:
     """How this machine runs HAProxy."""
 
     binary: Path
-    ipv6: bool = True
+    ipv6: bool = field(default_factory=has_ipv6)
     user: str | None = None
     group: str | None = None
     max_connections: int | None = None

@@ -249,13 +249,17 @@ def _health_check(check: HealthCheck) -> Iterator[str]:
 
 
 def _responder_backend(responders: Iterable[Responder]) -> Iterator[str]:
+    """Try one responder after the other. Any of them can answer any challenge.
+
+    They are not checked: one that has just started, for a single renewal, has to be reached at once.
+    """
+    servers = [_server(f"r{number}", responder, "") for number, responder in enumerate(responders, start=1)]
     yield f"backend {_RESPONDER}"
     yield "    balance roundrobin"
+    yield f"    retries {max(2, len(servers))}"
+    yield "    timeout connect 1s"
     yield "    timeout server 10s"
-    yield "    timeout check 2s"
-    yield "    default-server inter 2s fall 2 rise 1"
-    for number, responder in enumerate(responders, start=1):
-        yield _server(f"r{number}", responder, " check")
+    yield from servers
 
 
 def _server(name: str, target: Target | Responder, settings: str) -> str:

@@ -328,6 +328,24 @@ def test_a_lost_file_is_asked_for_again(https_node: tuple[Node, int], authority:
     assert probe_tls(port, "a.test").fingerprint == certificate.fingerprint
 
 
+def test_a_lost_memory_costs_no_outage(https_node: tuple[Node, int], authority: Authority) -> None:
+    """An agent that finds a proxy but no state takes it over with a reload, as its ports are its own."""
+    node, port = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.step()
+    master = node.proxy._find_master()
+    node.agent.close()
+    node.folder.state_path.write_text("{")
+    node.start_agent()
+
+    heartbeat = node.step()
+
+    assert (heartbeat.error, heartbeat.version_number, heartbeat.unserved) == (None, 1, {})
+    assert node.proxy._find_master() == master
+    assert probe_tls(port, "a.test").fingerprint == certificate.fingerprint
+
+
 def test_a_restored_control_plane_is_followed(https_node: tuple[Node, int], authority: Authority) -> None:
     """A new epoch brings everything, and what it does not name goes."""
     node, port = https_node

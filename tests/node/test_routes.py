@@ -213,6 +213,18 @@ def test_a_challenge_goes_to_the_responder_or_nowhere(
     assert ask(port, "/x") == (200, "user")
 
 
+def test_a_responder_is_reached_as_soon_as_it_runs(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
+    """One that started a moment ago answers, and those that are dead are passed over."""
+    dead, late = ports.take(), ports.take()
+    gateway.responders = (f"127.0.0.1:{dead}", f"127.0.0.1:{late}")
+    gateway.listener(port := ports.take())
+    publish(node, gateway)
+    assert ask(port, PREFIX + TOKEN)[0] == 503
+    upstream("late", port=late)
+
+    assert [ask(port, PREFIX + TOKEN) for _ in range(4)] == [(200, "late")] * 4
+
+
 def test_what_a_client_says_of_itself_is_not_passed_on(
     node: Node, gateway: Gateway, ports: Ports, upstream: Start
 ) -> None:
