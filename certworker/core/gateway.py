@@ -229,7 +229,7 @@ def _show_key(key: int | str) -> str:
     return str(key) if str(key).isidentifier() else show(key)
 
 
-def split_address(address: object) -> tuple[str, int]:
+def _split_address(address: object) -> tuple[str, int]:
     """Split `host:port` or `[IPv6]:port`, as it stands; the values are checked by who takes them."""
     found = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
     if found is None or (found["v6"] is not None and ":" not in found["v6"]):
@@ -280,7 +280,7 @@ def _read_pools(rows: GatewayRows, defaults: Defaults, faults: _Faults) -> list[
 
 
 def _read_target(row: TargetRow) -> Target:
-    host, port = split_address(row.address)
+    host, port = _split_address(row.address)
     return Target.model_validate({"id": row.id, "host": host, "port": port, "weight": row.weight})
 
 
@@ -326,7 +326,7 @@ def _read_listeners(
 
 def _read_responders(defaults: Defaults) -> tuple[Responder, ...]:
     try:
-        addresses = [split_address(address) for address in defaults.responders]
+        addresses = [_split_address(address) for address in defaults.responders]
         return tuple(Responder(host=host, port=port) for host, port in addresses)
     except (_FieldFault, ValidationError) as refused:
         raise InputError(f"responder addresses {show(defaults.responders)}: {_first_line(refused)}") from None

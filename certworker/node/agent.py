@@ -218,10 +218,12 @@ class Agent:
             return
         if self._refused is not None and self._refused[0] == published.id:
             return
+        remarks = self._warnings
         try:
             self._keep(self._apply(published, old))
         except NodeError as refused:
             self._refused = published.id, str(refused)
+            self._warnings = remarks
         else:
             self._refused = None
 

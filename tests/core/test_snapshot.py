@@ -20,7 +20,6 @@ from certworker.core.gateway import (
     RouteRow,
     TargetRow,
     build,
-    split_address,
 )
 from certworker.core.patterns import check_regex
 from certworker.core.snapshot import PathMatch, Snapshot, check_host, check_path, check_target_host, read_snapshot
@@ -366,4 +365,7 @@ def test_a_snapshot_is_consistent(change: str) -> None:
     ("address", "parts"), [("a:1", ("a", 1)), ("[::1]:80", ("::1", 80)), ("10.0.0.1:65535", ("10.0.0.1", 65535))]
 )
 def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
-    assert split_address(address) == parts
+    """Host and port are apart in the snapshot, so that nobody splits them again."""
+    (target,) = gateway(target={"address": address}).snapshot.pools[0].targets
+
+    assert (target.host, target.port) == parts
