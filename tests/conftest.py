@@ -22,6 +22,8 @@ import pytest
 from psycopg import sql
 
 from certworker.cli.pebble import Pebble, free_ports
+from certworker.store import schema
+from certworker.store.database import Database, open_database
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,57 @@ def postgresql_database(postgresql: PostgresServer) -> Iterator[str]:
     name = postgresql.create_database()
     yield postgresql.url(name)
     postgresql.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql: PostgresServer) -> str:
+    """The name of a database with the newest schema, to be copied."""
+    name = postgresql.create_database()
+    migrate(postgresql.url(name))
+    return name
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with the newest schema, to be copied."""
+    path = tmp_path_factory.mktemp("sqlite") / "template.db"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+def migrate(url: str) -> None:
+    db = open_database(url)
+    try:
+        schema.upgrade(db)
+    finally:
+        db.close()  # nobody may be connected to what is copied
+
+
+@pytest.fixture
+def postgresql_db(postgresql: PostgresServer, postgresql_template: str) -> Iterator[Database]:
+    """A PostgreSQL database of this test's own with the newest schema."""
+    name = postgresql.create_database(postgresql_template)
+    db = open_database(postgresql.url(name))
+    yield db
+    db.close()
+    postgresql.drop_database(name)
+
+
+@pytest.fixture
+def sqlite_db(tmp_path: Path, sqlite_template: Path) -> Iterator[Database]:
+    """An SQLite database of this test's own with the newest schema, `certworker.db` in its `tmp_path`."""
+    path = tmp_path / "certworker.db"
+    shutil.copy(sqlite_template, path)
+    db = open_database(f"sqlite:///{path}")
+    yield db
+    db.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def db(request: pytest.FixtureRequest) -> Database:
+    """Both databases, one after the other."""
+    database: Database = request.getfixturevalue(f"{request.param}_db")
+    return database
 
 
 @pytest.fixture
