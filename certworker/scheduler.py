@@ -52,8 +52,9 @@ class Timetable:
         self._scheduler.start()
 
     def stop(self) -> None:
-        """Start nothing more, and wait for what runs."""
-        self._scheduler.shutdown(wait=True)
+        """Start nothing more, and wait for what runs; harmless if it was never started."""
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=True)
 
     def run_soon(self, name: str) -> None:
         """Run a job as soon as a thread is free, without waiting for its time."""
