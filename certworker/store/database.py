@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from certworker.errors import SchemaError, StoreError
 
@@ -73,7 +74,7 @@ class Database:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._write_once(fn)
-            except DBAPIError as error:
+            except (DBAPIError, PoolTimeout) as error:
                 if attempt == _ATTEMPTS or not _worth_repeating(error):
                     raise _store_error("write to", error) from None
                 threading.Event().wait(0.05 * 2**attempt * random.random())  # noqa: S311
@@ -93,7 +94,7 @@ class Database:
         try:
             with self._engine.connect() as connection, connection.begin():
                 return fn(connection)
-        except DBAPIError as error:
+        except (DBAPIError, PoolTimeout) as error:
             raise _store_error("read from", error) from None
 
     def check_schema(self) -> None:
@@ -102,11 +103,15 @@ class Database:
             found = self.read(schema_revision)
         except SQLAlchemyError as error:
             raise _store_error("read from", error) from None
-        if found != SCHEMA_REVISION:
-            raise SchemaError(
-                f"the database's schema is {found or 'empty'}, this release needs {SCHEMA_REVISION}: "
-                + ("run `certworker init`" if found is None else "run `certworker db upgrade`")
-            )
+        if found == SCHEMA_REVISION:
+            return
+        if found is None:
+            cure = "run `certworker init`"
+        elif found < SCHEMA_REVISION:
+            cure = "run `certworker db upgrade`"
+        else:
+            cure = "a newer release has worked with it, run that one"
+        raise SchemaError(f"the database's schema is {found or 'empty'}, this release needs {SCHEMA_REVISION}: {cure}")
 
     def close(self) -> None:
         """Close every connection."""
@@ -120,8 +125,12 @@ def open_database(url: str) -> Database:
         return Database(_sqlite(url))
     if parsed.get_backend_name() != "postgresql":
         raise StoreError(f"database url {parsed.render_as_string()!r}: only sqlite and postgresql are supported")
+    # What the url says itself comes first: connect_args would win over it.
+    ours = {key: value for key, value in _POSTGRESQL_CONNECT.items() if key not in parsed.query}
+    if "options" in parsed.query:
+        ours["options"] = f"{_POSTGRESQL_CONNECT['options']} {parsed.query['options']}"
     engine = create_engine(
-        url, pool_pre_ping=True, pool_size=8, max_overflow=16, hide_parameters=True, connect_args=_POSTGRESQL_CONNECT
+        url, pool_pre_ping=True, pool_size=8, max_overflow=16, hide_parameters=True, connect_args=ours
     )
     return Database(engine)
 
@@ -141,7 +150,7 @@ def schema_revision(tx: Connection) -> str | None:
 
 def _sqlite(url: str) -> Engine:
     path = sqlite_path(url)
-    if path is None or not path.name:
+    if path is None or path.name in ("", ":memory:"):
         raise StoreError(f"database url {url!r}: name a file, an in-memory database would forget its keys")
     if path.parent.is_dir() and not path.exists():
         # SQLite would create it with the umask; it is to hold keys.
@@ -166,7 +175,9 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
-def _worth_repeating(error: DBAPIError) -> bool:
+def _worth_repeating(error: DBAPIError | PoolTimeout) -> bool:
+    if isinstance(error, PoolTimeout):
+        return False
     if error.connection_invalidated:
         return True
     code = getattr(error.orig, "sqlstate", None)
@@ -175,7 +186,14 @@ def _worth_repeating(error: DBAPIError) -> bool:
     return isinstance(error, OperationalError) and "database is locked" in str(error.orig)
 
 
+def first_line(error: Exception) -> str:
+    """Return what the database said, without the rows it said it of.
+
+    Raise what is made of it `from None`: PostgreSQL's DETAIL quotes the failing row, keys included.
+    """
+    said = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return said[0] if said else type(error).__name__
+
+
 def _store_error(doing: str, error: Exception) -> StoreError:
-    # The first line only, and raised `from None`: PostgreSQL's DETAIL quotes the failing row, keys included.
-    said = str(getattr(error, "orig", error)).strip().splitlines() or [type(error).__name__]
-    return StoreError(f"cannot {doing} the database: {said[0]}")
+    return StoreError(f"cannot {doing} the database: {first_line(error)}")

@@ -6,17 +6,21 @@ inside it once installed.
 """
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
 from certworker.errors import SchemaError
-from certworker.store.database import SCHEMA_REVISION, Database, schema_revision
+from certworker.store.database import SCHEMA_REVISION, Database, first_line, schema_revision
 from certworker.store.tables import metadata
 
 _MIGRATION_LOCK = 0x63_77_6D_69_67  # "cwmig": one migrator at a time on PostgreSQL
@@ -26,14 +30,14 @@ def upgrade(db: Database, revision: str = "head") -> tuple[str | None, str | Non
     """Bring the schema to `revision`; return the revisions before and after.
 
     All of it is one transaction. An SQLite file that has a schema already is copied beside itself
-    first, to `<file>.before-<revision>`.
+    first, to `<file>.before-<its revision>`; SchemaError says why it cannot be done.
     """
-    return _migrate(db, lambda config: command.upgrade(config, revision), backup=True)
+    return _migrate(db, command.upgrade, revision)
 
 
 def downgrade(db: Database, revision: str) -> tuple[str | None, str | None]:
-    """Take the schema back to `revision`; return the revisions before and after."""
-    return _migrate(db, lambda config: command.downgrade(config, revision), backup=True)
+    """Take the schema back to `revision`, as `upgrade` does; return the revisions before and after."""
+    return _migrate(db, command.downgrade, revision)
 
 
 def differences(db: Database) -> list[str]:
@@ -63,48 +67,55 @@ def _belongs(_item: object, name: str | None, kind: str, _reflected: bool, _othe
     return not (kind == "index" and name == "tls_policies_domains_idx")
 
 
-def _migrate(db: Database, act: Callable[[Config], None], *, backup: bool) -> tuple[str | None, str | None]:
-    with db.engine.connect() as connection:
-        if db.embedded:
-            # Outside a transaction, or SQLite ignores it. Rebuilding a table would cascade to its children.
-            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-            connection.rollback()
-        try:
+def _migrate(db: Database, act: Callable[[Config, str], None], revision: str) -> tuple[str | None, str | None]:
+    try:
+        with db.engine.connect() as connection, _without_foreign_keys(connection):
             connection = connection.execution_options(certworker_write=True)
             with connection.begin():
-                if not db.embedded:
-                    connection.execute(text("SET LOCAL lock_timeout = 0"))
-                    connection.execute(text("SET LOCAL statement_timeout = 0"))
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
-                before = schema_revision(connection)
-                if db.embedded and before is not None and backup:
-                    _copy_sqlite(connection, before)
-                config = Config()
-                config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
-                config.attributes["connection"] = connection
-                act(config)
-                after = schema_revision(connection)
-        finally:
-            if db.embedded:
-                connection.exec_driver_sql("PRAGMA foreign_keys=ON")
-                connection.rollback()
-    return before, after
+                return _migrate_in(connection, act, revision)
+    except (DBAPIError, CommandError) as error:
+        raise SchemaError(f"cannot take the database's schema to {revision}: {first_line(error)}") from None
 
 
-def _copy_sqlite(connection: Connection, revision: str) -> None:
-    path = Path(str(connection.engine.url.database))
-    target = path.with_name(f"{path.name}.before-{revision}")
-    if schema_is_newest(revision) or target.exists():
+def _migrate_in(
+    connection: Connection, act: Callable[[Config, str], None], revision: str
+) -> tuple[str | None, str | None]:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+    before = schema_revision(connection)
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    if before not in (None, ScriptDirectory.from_config(config).as_revision_number(revision)):
+        _copy_sqlite(connection, before)
+    act(config, revision)
+    return before, schema_revision(connection)
+
+
+@contextmanager
+def _without_foreign_keys(connection: Connection) -> Iterator[None]:
+    """Let SQLite rebuild a table without cascading to its children; env.py checks the keys at the end."""
+    if connection.dialect.name != "sqlite":
+        yield
         return
-    target.touch(mode=0o600)
-    source, copy = sqlite3.connect(path), sqlite3.connect(target)
+    # Past SQLAlchemy, which would begin a transaction first: inside one SQLite ignores it.
+    cursor = connection.connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=OFF")
     try:
-        source.backup(copy)
+        yield
     finally:
-        copy.close()
-        source.close()
+        cursor.execute("PRAGMA foreign_keys=ON")
 
 
-def schema_is_newest(revision: str) -> bool:
-    """Say whether nothing would be migrated."""
-    return revision == SCHEMA_REVISION
+def _copy_sqlite(connection: Connection, revision: str | None) -> None:
+    if connection.dialect.name != "sqlite":
+        return
+    path = Path(str(connection.engine.url.database))
+    target, unfinished = (path.with_name(f"{path.name}.before-{revision}{end}") for end in ("", ".unfinished"))
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch(mode=0o600)
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(unfinished)) as copy:
+        source.backup(copy)
+    unfinished.replace(target)
