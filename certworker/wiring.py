@@ -44,7 +44,7 @@ from certworker.store import (
     versions,
 )
 from certworker.store.certificates import StoredCertificate
-from certworker.store.database import Database, Transaction, open_database, schema_revision, sqlite_path
+from certworker.store.database import Database, Transaction, open_database, sqlite_path
 from certworker.store.lineages import Issuer
 from certworker.store.role import WorkerRole
 from certworker.store.seal import Sealer, make_kek, read_kek
@@ -259,7 +259,7 @@ def _refuse_new_key_for_old_database(db: Database, kek_file: Path) -> None:
     """A new key beside a database that was sealed with another one would hide that the old one is lost."""
 
     def sealed_before(tx: Transaction) -> bool:
-        return schema_revision(tx) is not None and settings_kv.find(tx, settings_kv.KEK_CHECK) is not None
+        return settings_kv.is_there(tx) and settings_kv.find(tx, settings_kv.KEK_CHECK) is not None
 
     if db.read(sealed_before):
         raise SealError(

@@ -38,6 +38,7 @@ def publish_changes(db: Database, clock: Clock, defaults: Defaults) -> Published
 
 
 def _publish(tx: Connection, clock: Clock, defaults: Defaults, created_by: str) -> Published:
+    versions.lock(tx)
     while changes.take(tx, changes.GATEWAY, 1000):
         pass
     rows, current = gateway.read(tx), versions.find_published(tx)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, select, update
 
-from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.rows import columns_of, insert_new, new_id, to_value
 from certworker.store.seal import Sealer
 from certworker.store.tables import acme_accounts
 
@@ -62,11 +62,10 @@ def add(
     account_id = new_id()
     sealed = sealer.seal(key_pem, table="acme_accounts", column="credentials_json", row_id=account_id)
     credentials = {"key": sealed, "account_url": None, "contact": contact, "tos_agreed_at": None, "eab_kid": eab_kid}
-    tx.execute(
-        insert(acme_accounts).values(
-            id=account_id, directory_url=directory_url, credentials_json=credentials, is_default=True, created_at=now
-        )
-    )
+    insert_new(
+        tx, acme_accounts, id=account_id, directory_url=directory_url, credentials_json=credentials, is_default=True,
+        created_at=now,
+    )  # fmt: skip
 
 
 def record_registered(tx: Connection, account_id: str, account_url: str, tos_agreed_at: datetime | None) -> None:

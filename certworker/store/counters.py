@@ -20,6 +20,11 @@ def next_value(tx: Connection, name: str, steps: int = 1) -> int:
     return int(tx.execute(raised.returning(counters.c.value)).scalar_one())
 
 
+def lock(tx: Connection, name: str) -> None:
+    """Let nobody else raise the counter until the commit."""
+    tx.execute(select(counters.c.value).where(counters.c.name == name).with_for_update())
+
+
 def value(tx: Connection, name: str) -> int:
     """Return the counter as it stands."""
     return int(tx.execute(select(counters.c.value).where(counters.c.name == name)).scalar_one())

@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, insert, literal, select, update
+from sqlalchemy import Connection, literal, select, update
 
 from certworker.core.rollout import Heartbeat
-from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.rows import columns_of, insert_new, new_id, to_value
 from certworker.store.tables import config_versions, node_status
 from certworker.store.types import db_now, seconds_from_now
 
@@ -57,7 +57,7 @@ def record(tx: Connection, heartbeat: Heartbeat) -> None:
     values = {"version_id": known, "heartbeat_at": db_now(), "metadata": metadata}
     row = update(node_status).where(node_status.c.node_id == heartbeat.node_id).values(**values)
     if tx.execute(row).rowcount == 0:
-        tx.execute(insert(node_status).values(id=new_id(), node_id=heartbeat.node_id, **values))
+        insert_new(tx, node_status, id=new_id(), node_id=heartbeat.node_id, **values)
 
 
 def list_all(tx: Connection) -> list[NodeStatus]:

@@ -1,4 +1,4 @@
-"""Between rows and values: ids, and dataclasses filled from columns of the same names."""
+"""Between rows and values: ids, dataclasses filled from columns of the same names, rows that may be there."""
 
 import uuid
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Row, Table
+from sqlalchemy import Connection, Row, Table
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.elements import KeyedColumnElement
 
 T = TypeVar("T")
@@ -26,3 +27,24 @@ def columns_of(cls: type, table: Table) -> tuple[KeyedColumnElement[Any], ...]:
 def to_value(cls: Callable[..., T], row: Row[Any]) -> T:
     """Return the dataclass that a row of `columns_of(cls, ...)` holds."""
     return cls(*row)
+
+
+def insert_new(tx: Connection, table: Table, **values: Any) -> bool:
+    """Insert a row unless it breaks a unique index; say whether it was inserted.
+
+    Asking first is not enough on PostgreSQL: two transactions would both find nothing. Here the second
+    waits for the first to commit, and its next statement sees the first one's row.
+    """
+    row = _insert(tx, table).values(**values).on_conflict_do_nothing()
+    return tx.execute(row.returning(*table.primary_key)).first() is not None
+
+
+def put_row(tx: Connection, table: Table, **values: Any) -> None:
+    """Insert a row, or let it take the place of the one with the same primary key."""
+    tx.execute(
+        _insert(tx, table).values(**values).on_conflict_do_update(index_elements=[*table.primary_key], set_=values)
+    )
+
+
+def _insert(tx: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    return sqlite.insert(table) if tx.dialect.name == "sqlite" else postgresql.insert(table)

@@ -1,7 +1,8 @@
 """Small facts the program remembers about itself, by name."""
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, inspect, select
 
+from certworker.store.rows import put_row
 from certworker.store.tables import settings_kv
 
 KEK_CHECK = "kek_check"
@@ -12,6 +13,11 @@ LAST_SCAN_AT = "last_scan_at"
 LAST_SWEEP_AT = "last_sweep_at"
 
 
+def is_there(tx: Connection) -> bool:
+    """Say whether anything can be remembered: an empty or very old database has no table for it."""
+    return inspect(tx).has_table(settings_kv.name)
+
+
 def find(tx: Connection, key: str) -> str | None:
     """Return what is remembered under `key`."""
     return tx.execute(select(settings_kv.c.value).where(settings_kv.c.key == key)).scalar()
@@ -19,8 +25,7 @@ def find(tx: Connection, key: str) -> str | None:
 
 def put(tx: Connection, key: str, value: str) -> None:
     """Remember `value` under `key`."""
-    tx.execute(delete(settings_kv).where(settings_kv.c.key == key))
-    tx.execute(insert(settings_kv).values(key=key, value=value))
+    put_row(tx, settings_kv, key=key, value=value)
 
 
 def forget(tx: Connection, key: str) -> None:

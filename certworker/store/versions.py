@@ -32,12 +32,22 @@ def find_published(tx: Connection) -> Version | None:
     return None if row is None else to_value(Version, row)
 
 
+def lock(tx: Connection) -> None:
+    """Let no other transaction publish until the commit.
+
+    To be called before the rows are read: whoever read them first could otherwise publish last.
+    """
+    counters.lock(tx, counters.CONFIG_VERSION)
+
+
 def publish(tx: Connection, document: dict[str, Any], digest: str, created_by: str, now: datetime) -> Version:
     """Archive the published version and publish this one in its place."""
+    # First, because it locks: two publishers would archive the same version and then both insert theirs.
+    number = counters.next_value(tx, counters.CONFIG_VERSION)
     published = config_versions.c.status == "published"
     tx.execute(update(config_versions).where(published).values(status="archived"))
     version = Version(
-        id=new_id(), number=counters.next_value(tx, counters.CONFIG_VERSION), digest=digest, status="published",
+        id=new_id(), number=number, digest=digest, status="published",
         snapshot_json=document, created_by=created_by, created_at=now,
     )  # fmt: skip
     tx.execute(
