@@ -58,7 +58,7 @@ class Sealer:
         if self._kek is None:
             raise SealError(f"{where} is sealed, but there is no key-encryption key: set CERTWORKER_KEK_FILE")
         try:
-            return self._open(base64.urlsafe_b64decode(text[len(PREFIX) :]), _bound(table, column, row_id))
+            return self._open(_decode(text[len(PREFIX) :]), _bound(table, column, row_id))
         except _OtherKey:
             raise SealError(f"{where} was sealed with another key-encryption key: check CERTWORKER_KEK_FILE") from None
         except (InvalidTag, ValueError):
@@ -85,19 +85,33 @@ def is_sealed(text: str) -> bool:
 
 
 def make_kek(path: Path) -> bool:
-    """Write a new key-encryption key, mode 0600, unless one is there; say whether it was written."""
+    """Write a new key-encryption key, mode 0600, unless one is there; say whether it was written.
+
+    It appears whole or not at all. SealError when it cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
-    except FileExistsError:
-        return False
+        _write_key(unfinished)
+        try:
+            os.link(unfinished, path)  # unlike a rename, never in the place of a key that is there
+        except FileExistsError:
+            return False
+        finally:
+            unfinished.unlink()
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        raise SealError(f"cannot write the key-encryption key {path}: {error.strerror}") from None
+    return True
+
+
+def _write_key(path: Path) -> None:
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(base64.b64encode(secrets.token_bytes(_KEY)) + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-    return True
 
 
 def read_kek(path: Path) -> bytes:
@@ -119,6 +133,14 @@ def read_kek(path: Path) -> bytes:
     if len(kek) != _KEY:
         raise SealError(f"the key-encryption key {path} is damaged: it must hold 32 bytes in base64")
     return kek
+
+
+def _decode(text: str) -> bytes:
+    """Read base64url in its one right spelling: Python's own reader skips what it does not know."""
+    decoded = base64.urlsafe_b64decode(text)
+    if base64.urlsafe_b64encode(decoded) != text.encode():
+        raise ValueError("not base64url")
+    return decoded
 
 
 def _bound(table: str, column: str, row_id: str) -> bytes:
