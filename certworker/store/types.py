@@ -8,7 +8,9 @@
 | TextArray | text[]        | text holding a JSON array of strings              |
 
 On SQLite every form is a CHECK (`form_checks`), so that a row another program wrote in some other
-form is refused instead of silently never matching a join or a due-comparison.
+form is refused instead of silently never matching a join or a due-comparison. On PostgreSQL an
+instant that Python has no word for (`infinity`, years before Christ) is refused: one such row would
+make every query that meets it fail.
 
 The types are part of the storage format: migrations import them, so a change here is a new type.
 """
@@ -37,8 +39,6 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeEngine
-
-_SQLITE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
 class UuidText(TypeDecorator[str]):
@@ -70,7 +70,10 @@ class UtcTime(TypeDecorator[datetime]):
         if value.tzinfo is None:
             raise ValueError(f"a naive datetime cannot be stored: {value!r}")
         value = value.astimezone(UTC)
-        return value if dialect.name == "postgresql" else value.strftime(_SQLITE_TIME)
+        if dialect.name == "postgresql":
+            return value
+        # Not strftime: its %Y leaves out the zeros of the year 999, which would sort after 2026.
+        return value.replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         if value is None:
@@ -156,25 +159,32 @@ _DIGITS = {n: "[0-9]" * n for n in (2, 4, 6)}
 _TIME_FORM = (
     "{0} GLOB '"
     f"{_DIGITS[4]}-{_DIGITS[2]}-{_DIGITS[2]}T{_DIGITS[2]}:{_DIGITS[2]}:{_DIGITS[2]}.{_DIGITS[6]}Z"
-    "' AND julianday({0}) IS NOT NULL"
+    # SQLite reads 31 February as 3 March and 24:00 as the next day; Python reads neither.
+    "' AND strftime('%Y-%m-%dT%H:%M:%S', substr({0}, 1, 19)) = substr({0}, 1, 19) AND {0} > '0001'"
 )
-_FORMS: dict[type, str] = {
-    UuidText: _UUID_FORM,
-    UtcTime: _TIME_FORM,
-    TextArray: "json_valid({0}) AND json_type({0}) = 'array'",
-    JSON: "json_valid({0})",
-    Boolean: "{0} IN (0, 1)",
+_FORMS: dict[str, dict[type, str]] = {
+    "sqlite": {
+        UuidText: _UUID_FORM,
+        UtcTime: _TIME_FORM,
+        TextArray: "json_valid({0}) AND json_type({0}) = 'array'",
+        JSON: "json_valid({0})",
+        Boolean: "{0} IN (0, 1)",
+    },
+    "postgresql": {UtcTime: "{0} >= '0001-01-01 00:00:00+00' AND {0} < '10000-01-01 00:00:00+00'"},
 }
 
 
-def form_checks(columns: Iterable[Column[Any]]) -> list[CheckConstraint]:
-    """Return the CHECKs that hold SQLite to the forms above; PostgreSQL's own types do that there."""
-    checks = []
-    for column in columns:
-        form = _FORMS.get(type(column.type))
-        if form is not None:
-            # Said outright: json_valid(NULL) is 0, not NULL, in older SQLite.
-            form = f"{{0}} IS NULL OR ({form})" if column.nullable else form
-            check = CheckConstraint(form.format(column.name), name=f"{column.name}_form")
-            checks.append(check.ddl_if(dialect="sqlite"))
-    return checks
+def form_checks(columns: Iterable[Column[Any]], dialects: Iterable[str] = tuple(_FORMS)) -> list[CheckConstraint]:
+    """Return the CHECKs that hold a database to the forms above, as far as its own types do not."""
+    return [
+        CheckConstraint(_form(column, dialect), name=f"{column.name}_form").ddl_if(dialect=dialect)
+        for column in columns
+        for dialect in dialects
+        if type(column.type) in _FORMS[dialect]
+    ]
+
+
+def _form(column: Column[Any], dialect: str) -> str:
+    form = _FORMS[dialect][type(column.type)].format(column.name)
+    # Said outright: json_valid(NULL) is 0, not NULL, in older SQLite.
+    return f"{column.name} IS NULL OR ({form})" if column.nullable else form

@@ -313,9 +313,8 @@ def _add_column(table: str, column: Column[Any]) -> None:
     # Native ADD COLUMN on both: SQLite's batch mode would rebuild the table, children and all.
     Table(table, MetaData(), column)
     sql = f"ALTER TABLE {table} ADD COLUMN {CreateColumn(column).compile(dialect=_dialect())}"
-    if _dialect().name == "sqlite":
-        for check in form_checks([column]):
-            sql += f" CONSTRAINT ck_{table}_{column.name}_form CHECK ({check.sqltext})"
+    for check in form_checks([column], [_dialect().name]):
+        sql += f" CONSTRAINT ck_{table}_{column.name}_form CHECK ({check.sqltext})"
     op.execute(text(sql.replace(":", "\\:")))
 
 
@@ -347,18 +346,21 @@ def _also_gateway(table: str, row: str) -> str:
     return f"INSERT INTO changes (topic, row_id) SELECT 'gateway', {row}.id WHERE {_LISTENED.format(row=row)}; "
 
 
+# With the rights of whoever migrates, and naming the schema: the writer may be another program, with
+# a role that may use the given tables only and a search path of its own.
 _FUNCTION = """
-CREATE FUNCTION certworker_note_{0}() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION certworker_note_{name}() RETURNS trigger LANGUAGE plpgsql
+SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE noted uuid := CASE WHEN TG_OP = 'DELETE' THEN OLD.id ELSE NEW.id END;
 BEGIN
-    INSERT INTO changes (topic, row_id) VALUES (TG_ARGV[0], noted);
-    {1}
+    INSERT INTO {schema}.changes (topic, row_id) VALUES (TG_ARGV[0], noted);
+    {besides}
     RETURN NULL;
 END $$
 """
 _NOTE_GATEWAY = """
-    INSERT INTO changes (topic, row_id)
-        SELECT 'gateway', noted WHERE EXISTS (SELECT 1 FROM listeners WHERE tls_policy_id = noted);"""
+    INSERT INTO {schema}.changes (topic, row_id)
+        SELECT 'gateway', noted WHERE EXISTS (SELECT 1 FROM {schema}.listeners WHERE tls_policy_id = noted);"""
 
 
 def upgrade() -> None:
@@ -370,8 +372,10 @@ def upgrade() -> None:
     for name, index in INDEXES.items():
         op.execute("CREATE " + index.format(name))
     if _dialect().name == "postgresql":
-        op.execute(_FUNCTION.format("change", ""))
-        op.execute(_FUNCTION.format("policy", _NOTE_GATEWAY))
+        current = op.get_bind().execute(text("SELECT current_schema()")).scalar_one()
+        schema = _dialect().identifier_preparer.quote(current)
+        op.execute(_FUNCTION.format(name="change", schema=schema, besides=""))
+        op.execute(_FUNCTION.format(name="policy", schema=schema, besides=_NOTE_GATEWAY.format(schema=schema)))
     for trigger in TRIGGERS:
         _create_trigger(*trigger)
     op.execute("INSERT INTO counters (name, value) VALUES ('revision', 0), ('epoch', 1), ('config_version', 0)")
