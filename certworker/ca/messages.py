@@ -128,9 +128,9 @@ def read_chain(response: Response) -> str:
         chain = response.body.decode("ascii")
     except UnicodeDecodeError:
         chain = ""
-    if "-----BEGIN CERTIFICATE-----" not in chain:
+    if "-----BEGIN " not in chain:
         kind = response.headers.get("content-type", "")[:100] or "no content type"
-        raise AnswerFault(response.url, f"it holds no PEM certificate ({kind!a})")
+        raise AnswerFault(response.url, f"it holds no PEM ({kind!a})")
     return chain
 
 

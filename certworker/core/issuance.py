@@ -139,4 +139,5 @@ def wait_for(retry_after: timedelta | None, looks: int, patience: Patience = Pat
     """Return how long to wait before look number `looks` + 1 (RFC 8555 §7.5.1: Retry-After)."""
     if retry_after is not None:
         return min(max(retry_after, SHORTEST_WAIT), LONGEST_WAIT)
-    return min(patience.first * patience.growth**looks, patience.longest)
+    steps = min(looks, 50)  # far past `longest`; a long wait must not overflow
+    return min(patience.first * patience.growth**steps, patience.longest)

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 _MOST_THREADS = 16
 """More only wait for each other: the CA's answers are what takes time, and waiting holds no thread."""
-_POLL = timedelta(seconds=5)
+_POLL = timedelta(seconds=1)
 """How often the database is asked for work that nobody announced."""
 _AFTER_FETCH = timedelta(milliseconds=100)
 """CAs fetch a token several times; after the last fetch of a burst the CA is asked what it thinks."""

@@ -91,7 +91,7 @@ def advance(bench: Bench, session: Session) -> None:
     try:
         _ACTS[action](bench, session)
     except ChainRefused as error:
-        _fail(bench, session, classify(error, Endpoint.CERTIFICATE))
+        _refuse_chain(bench, session, classify(error, Endpoint.CERTIFICATE))
     except CaError as error:
         _record_trouble(bench, session, classify(error, _ENDPOINTS.get(action, Endpoint.ORDER)))
     bench.moved(session)
@@ -314,6 +314,14 @@ def _record_trouble(bench: Bench, session: Session, failure: Failure) -> None:
     """Keep the issuance and try the same action later, or close it if that cannot help."""
     if failure.error_class in _GOES_ON and failure.type not in _ENDS_ORDER:
         _put_off(bench, session, failure)
+    else:
+        _fail(bench, session, failure)
+
+
+def _refuse_chain(bench: Bench, session: Session, failure: Failure) -> None:
+    """A wrong chain is downloaded once more, in case it was damaged on the way; then the CA means it."""
+    if session.issuance.failures == 0:
+        _put_off(bench, session, replace(failure, error_class=ErrorClass.TRANSIENT))
     else:
         _fail(bench, session, failure)
 

@@ -1,0 +1,234 @@
+"""What other programs write is taken over: policies, certificates, deletions, changed settings."""
+
+import json
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from certworker.core.issuance import State
+from certworker.steps.reconcile import SWEEP, reconcile
+from certworker.steps.scan import scan
+from certworker.store import certificates, policies
+from certworker.store.lineages import Issuer
+
+from .world import World
+
+POLICY = "7a0c0c5e-7a53-4f43-9f53-0a2b8d8f1c11"
+CERTIFICATE = "0d43a38a-c38c-478b-a329-8b6986724048"
+TIME = "2026-11-22T12:00:00.000000Z"
+
+
+def insert_policy(world: World, names: list[object], policy_id: str = POLICY, mode: str = "auto") -> None:
+    """Insert a policy as another program does: the given columns alone, in raw SQL."""
+    domains = json.dumps(names) if world.db.embedded else "{" + ",".join(f'"{name}"' for name in names) + "}"
+    world.execute(
+        "INSERT INTO tls_policies (id, mode, domains, status, created_at, updated_at) "
+        f"VALUES ('{policy_id}', '{mode}', :domains, 'pending', '{TIME}', '{TIME}')",
+        domains=domains,
+    )
+
+
+def insert_certificate(world: World, chain_pem: str, key_pem: str, domain: str = "m.test") -> None:
+    world.execute(
+        "INSERT INTO certificates (id, domain, cert_pem, key_pem, expires_at, status, created_at, updated_at) "
+        f"VALUES ('{CERTIFICATE}', :domain, :chain, :key, '2027-01-01T00:00:00.000000Z', 'active', '{TIME}', '{TIME}')",
+        domain=domain, chain=chain_pem, key=key_pem,
+    )  # fmt: skip
+
+
+def pair_of(world: World, dns_name: str) -> tuple[str, str]:
+    """Return chain and plain key of a certificate the CA has made."""
+    lineage = world.issue(dns_name)
+    row = world.db.read(lambda tx: certificates.find_of_lineage(tx, lineage.id))
+    assert row is not None
+    return row.cert_pem, world.sealer.open(row.key_pem, table="certificates", column="key_pem", row_id=row.id)
+
+
+def test_a_raw_row_with_given_columns_alone_is_worked_on(world: World) -> None:
+    """Another gateway program inserts a policy; it gets its certificates."""
+    insert_policy(world, ["a.test", "B.Test"])
+    world.take_over()
+    world.work()
+
+    assert world.policy_status(POLICY) == "active"
+    assert {row[0] for row in world.rows("SELECT domain FROM certificates")} == {"a.test", "b.test"}
+
+
+def test_an_impossible_name_puts_its_policy_in_error_and_stops_nothing_else(world: World) -> None:
+    """The reason is in the audit log; its other names, and other policies, go on."""
+    insert_policy(world, ["a..b", "good.test", "*.wild.test", "1.2.3.4"])
+    other = world.add_policy("other.test")
+    world.take_over()
+    world.work()
+
+    assert world.policy_status(POLICY) == "error"
+    assert world.policy_status(other) == "active"
+    assert world.lineage("good.test").status == "active"
+    (diff,) = [row[0] for row in world.rows("SELECT diff FROM audit_logs WHERE action = 'policy.error'")]
+    diff = json.loads(diff) if isinstance(diff, str) else diff
+    assert {refused["value"] for refused in diff["after"]["reason"]} == {"a..b", "*.wild.test", "1.2.3.4"}
+    assert world.ca.count("POST", "/new-order") == 2
+
+
+def test_mending_the_row_mends_the_policy(world: World) -> None:
+    """The bad name is taken out by raw SQL; the next reconcile sees it."""
+    insert_policy(world, ["a..b", "good.test"])
+    world.take_over()
+    world.work()
+    domains = '["good.test"]' if world.db.embedded else "{good.test}"
+    world.execute("UPDATE tls_policies SET domains = :domains", domains=domains)
+
+    world.take_over()
+
+    assert world.policy_status(POLICY) == "active"
+
+
+def test_two_policies_share_a_lineage(world: World) -> None:
+    """One name, one certificate, however many policies want it; removing one never stops the other."""
+    first, second = world.add_policy("a.test"), world.add_policy("a.test")
+    world.take_over()
+    world.work()
+    assert len(world.ca.issued) == 1
+    assert world.policy_status(first) == world.policy_status(second) == "active"
+
+    world.db.write(lambda tx: policies.remove(tx, first))
+    world.take_over()
+    assert world.lineage("a.test").next_check_at is not None
+
+    world.db.write(lambda tx: policies.remove(tx, second))
+    world.take_over()
+    assert world.lineage("a.test").next_check_at is None
+    assert world.count("certificates") == 1
+
+
+def test_a_removed_name_is_renewed_no_more(world: World) -> None:
+    """Its certificate stays, and is served until it expires."""
+    insert_policy(world, ["a.test", "b.test"])
+    world.take_over()
+    world.work()
+    domains = '["b.test"]' if world.db.embedded else "{b.test}"
+    world.execute("UPDATE tls_policies SET domains = :domains", domains=domains)
+    world.take_over()
+    world.clock.move(timedelta(days=80))
+    world.take_over()
+    world.work()
+
+    assert [issued.dns_names for issued in world.ca.issued][2:] == [{"b.test"}]
+    assert world.count("certificates") == 2
+
+
+def test_a_paused_policy_rests_and_goes_on_when_resumed(world: World) -> None:
+    """Nothing is ordered while it is paused; at its resumption what is due is due at once."""
+    policy_id = world.add_policy("a.test")
+    now = world.clock()
+    world.db.write(lambda tx: policies.set_paused(tx, policy_id, now, now))
+    world.take_over()
+    world.work()
+    assert world.count("issuances") == 0
+
+    world.db.write(lambda tx: policies.set_paused(tx, policy_id, None, now))
+    world.take_over()
+    world.work()
+    assert world.policy_status(policy_id) == "active"
+
+
+def test_pausing_cancels_what_is_queued_but_not_what_is_ordered(world: World) -> None:
+    """A queued issuance nobody wants any more is closed without a request to the CA."""
+    policy_id = world.add_policy("a.test")
+    world.take_over()
+    now = world.clock()
+    world.db.write(lambda tx: policies.set_paused(tx, policy_id, now, now))
+
+    world.take_over()
+
+    assert world.last_issuance("a.test").state == State.CANCELLED
+    assert world.ca.requests == []
+
+
+def test_another_issuer_makes_another_lineage(world: World) -> None:
+    """A changed profile is taken over at the next reconcile; the old certificate serves on meanwhile."""
+    world.ca.profiles = {"short": timedelta(days=6)}
+    insert_policy(world, ["a.test"])
+    world.take_over()
+    world.work()
+    assert world.policy_status(POLICY) == "active"
+
+    world.wanted = replace(world.wanted, issuer=Issuer(world.ca.directory_url, "short", "ecdsa-p256"))
+    world.take_over()
+    assert world.policy_status(POLICY) == "pending"
+    world.work()
+
+    assert world.policy_status(POLICY) == "active"
+    assert [issued.profile for issued in world.ca.issued] == [None, "short"]
+    assert world.count("certificates") == 2
+
+
+def test_reconcile_costs_nothing_when_nothing_changed(world: World) -> None:
+    """No notes, no work: our own writes leave none behind."""
+    world.issue("a.test")
+    assert reconcile(world.db, world.clock, world.wanted, world.sealer) <= 1
+
+    assert reconcile(world.db, world.clock, world.wanted, world.sealer) == 0
+    assert world.rows("SELECT count(*) FROM changes WHERE topic <> 'gateway'") == [(0,)]
+
+
+def test_the_sweep_finds_what_no_note_tells(world: World) -> None:
+    """A lineage that lost its place in the scan is found within the hour."""
+    world.issue("a.test")
+    world.execute("UPDATE lineages SET next_check_at = NULL")
+    world.clock.move(SWEEP)
+
+    reconcile(world.db, world.clock, world.wanted, world.sealer)
+
+    assert world.lineage("a.test").next_check_at is not None
+
+
+def test_a_foreign_certificate_is_described_and_sealed(world: World) -> None:
+    """A pair that another program stored as plain PEM gets a revision, names and a sealed key."""
+    chain_pem, key_pem = pair_of(world, "m.test")
+    world.execute("DELETE FROM certificates")
+    insert_policy(world, ["m.test"], mode="manual")
+    insert_certificate(world, chain_pem, key_pem)
+
+    reconcile(world.db, world.clock, world.wanted, world.sealer)
+
+    row = world.db.read(lambda tx: certificates.find(tx, CERTIFICATE))
+    assert row is not None
+    assert row.dns_names == ["m.test"]
+    assert row.revision is not None
+    assert row.key_pem.startswith("cw1.")
+    assert world.policy_status(POLICY) == "active"
+
+
+@pytest.mark.parametrize("fault", ["key", "chain"])
+def test_a_foreign_certificate_that_cannot_be_served_is_an_error(world: World, fault: str) -> None:
+    """Flipped to `error` with the reason in the audit log; the manual policy that wants it too."""
+    chain_pem, key_pem = pair_of(world, "m.test")
+    other_chain, other_key = pair_of(world, "n.test")
+    world.execute("DELETE FROM certificates")
+    insert_policy(world, ["m.test"], mode="manual")
+    insert_certificate(world, "garbage" if fault == "chain" else other_chain, key_pem)
+    assert other_key != key_pem
+    assert chain_pem != other_chain
+
+    reconcile(world.db, world.clock, world.wanted, world.sealer)
+
+    assert world.rows(f"SELECT status FROM certificates WHERE id = '{CERTIFICATE}'") == [("error",)]
+    assert world.policy_status(POLICY) == "error"
+    assert world.rows("SELECT count(*) FROM audit_logs WHERE action = 'certificate.error'") == [(1,)]
+
+
+def test_a_deleted_certificate_is_issued_again_and_leaves_a_tombstone(world: World) -> None:
+    """Nodes are told to drop it, and the policy that still wants it gets a new one."""
+    lineage = world.issue("a.test")
+    world.execute("DELETE FROM certificates")
+
+    reconcile(world.db, world.clock, world.wanted, world.sealer)
+
+    assert world.rows("SELECT certificate_id FROM removed_certificates") != []
+    assert world.lineage("a.test").status == "pending"
+    scan(world.db, world.clock)
+    world.work()
+    assert len(world.ca.issued) == 2
+    assert world.lineage("a.test").certificate_id != lineage.certificate_id
