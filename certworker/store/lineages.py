@@ -9,7 +9,7 @@ from sqlalchemy import Connection, delete, exists, insert, select, update
 from certworker.core.certificate import Validity
 from certworker.core.names import names_hash
 from certworker.store import policies
-from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.rows import columns_of, insert_new, new_id, to_value
 from certworker.store.tables import certificates, lineage_names, lineages, policy_lineages, tls_policies
 
 
@@ -79,7 +79,8 @@ def find_or_add(tx: Connection, names: list[str], issuer: Issuer, now: datetime)
         return str(found)
     lineage_id = new_id()
     ordered = sorted(set(names))
-    tx.execute(insert(lineages).values(id=lineage_id, dns_names=ordered, created_at=now, updated_at=now, **identity))
+    if not insert_new(tx, lineages, id=lineage_id, dns_names=ordered, created_at=now, updated_at=now, **identity):
+        return str(tx.execute(query).scalar_one())  # another worker has just added it
     tx.execute(insert(lineage_names), [{"dns_name": name, "lineage_id": lineage_id} for name in ordered])
     return lineage_id
 
