@@ -35,6 +35,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 
+_LONGEST_SHOWN = 300
+"""Characters of a refused name in a message: a little more than a name can have."""
+
+
 class CertworkerError(Exception):
     """Something certworker was asked to do failed; the message is for a person."""
 
@@ -59,7 +63,8 @@ class NameRefused(InputError):
     """A DNS name that no certificate can be ordered for."""
 
     def __init__(self, value: str, rule: str) -> None:
-        super().__init__(f"name {value!r}: {rule}")
+        shown = repr(value) if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]!r}..."
+        super().__init__(f"name {shown}: {rule}")
         self.value = value
         self.rule = rule
 

@@ -21,6 +21,8 @@ MAX_NAMES = 100
 _MAX_LENGTH = 253
 _MAX_LABELS = 10
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+"""A last label like this makes the name an IPv4 address to browsers (WHATWG URL, "ends in a number")."""
 _ODD = re.compile(r"[^\x21-\x7e]")
 _PRIVATE_SUFFIXES = frozenset(
     ["localhost", "local", "internal", "test", "example", "invalid", "onion", "alt", "lan", "home", "corp", "arpa"]
@@ -36,16 +38,15 @@ def check_name(value: str, *, private_ca: bool = False, wildcard: bool = False) 
     """
     if not isinstance(value, str):
         raise NameRefused(str(value)[:100], "is not text")
-    base = value
-    if value.startswith("*."):
-        if not wildcard:
-            raise NameRefused(value, "a wildcard cannot be validated by HTTP-01")
-        base = value[2:]
-    name = _to_ascii(value, base)
+    prefix = "*." if value.startswith("*.") else ""
+    if prefix and not wildcard:
+        raise NameRefused(value, "a wildcard cannot be validated by HTTP-01")
+    name = _to_ascii(value, value.removeprefix(prefix))
+    _check_length(value, prefix + name)
     _check_shape(value, name)
     if not private_ca:
         _check_public(value, name)
-    return "*." + name if base is not value else name
+    return prefix + name
 
 
 def check_names(
@@ -88,19 +89,22 @@ def _to_ascii(value: str, base: str) -> str:
         raise NameRefused(value, f"is no internationalised name (IDNA 2008): {_one_line(error)}") from None
 
 
+def _check_length(value: str, name: str) -> None:
+    if len(name) > _MAX_LENGTH:
+        raise NameRefused(value, f"has {len(name)} characters, at most {_MAX_LENGTH} are allowed")
+
+
 def _check_shape(value: str, name: str) -> None:
     if "*" in name:
         raise NameRefused(value, "a wildcard may only be the whole first label")
     if _is_address(name):
         raise NameRefused(value, "is an IP address, not a name")
-    if len(name) > _MAX_LENGTH:
-        raise NameRefused(value, f"has {len(name)} characters, at most {_MAX_LENGTH} are allowed")
     labels = name.split(".")
     if len(labels) > _MAX_LABELS:
         raise NameRefused(value, f"has {len(labels)} labels, at most {_MAX_LABELS} are allowed")
     for label in labels:
         _check_label(value, label)
-    if labels[-1].isdigit():
+    if _NUMBER.fullmatch(labels[-1]):
         raise NameRefused(value, "ends in a number, like an IP address")
 
 
