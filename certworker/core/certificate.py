@@ -12,7 +12,13 @@ from itertools import pairwise
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import NameOID
 
 from certworker.errors import ChainRefused, InputError
@@ -43,6 +49,8 @@ class Leaf:
 
     dns_names: tuple[str, ...]
     """Lower case, sorted."""
+    dns_names_only: bool
+    """Whether it names nothing else: no address, no mailbox."""
     validity: Validity
     fingerprint: str
     """SHA-256 of the DER, 64 lower-case hex digits."""
@@ -75,10 +83,11 @@ def check_chain(chain_pem: str, *, spki_sha256: str, dns_names: Iterable[str], n
         raise ChainRefused("the CA's certificate is for another key than the one in our CSR")
     if set(leaf.dns_names) != set(dns_names):
         raise ChainRefused(f"the CA's certificate is for {', '.join(leaf.dns_names)}, not for what was ordered")
+    if not leaf.dns_names_only:
+        raise ChainRefused("the CA's certificate is for more than the DNS names that were ordered")
     _check_order(certificates)
     _check_leaf(certificates[0], leaf, now)
-    pem = "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
-    return Chain(pem, leaf)
+    return Chain(_to_pem(certificates), leaf)
 
 
 def read_leaf(chain_pem: str) -> Leaf:
@@ -90,13 +99,14 @@ def normalise_pair(chain_pem: str, key_pem: str) -> tuple[str, str]:
     """Return chain and key written anew; InputError when they cannot be read or do not belong together."""
     try:
         certificates = _read_blocks(chain_pem)
+        spki_sha256 = _describe(certificates[0]).spki_sha256
         key = load_pem_private_key(key_pem.encode(), None)
     except (ChainRefused, ValueError, TypeError, UnsupportedAlgorithm) as error:
         what = str(error) if isinstance(error, ChainRefused) else "the private key cannot be read as unencrypted PEM"
         raise InputError(what) from None
-    if _spki_sha256(key.public_key()) != _spki_sha256(certificates[0].public_key()):
+    if _spki_sha256(key.public_key()) != spki_sha256:
         raise InputError("the private key does not belong to the certificate")
-    return "".join(c.public_bytes(Encoding.PEM).decode() for c in certificates), key_pem.strip() + "\n"
+    return _to_pem(certificates), key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
 
 
 def _read_blocks(chain_pem: str) -> list[x509.Certificate]:
@@ -123,6 +133,7 @@ def _describe(certificate: x509.Certificate) -> Leaf:
         common = certificate.issuer.get_attributes_for_oid(NameOID.COMMON_NAME)
         return Leaf(
             dns_names=tuple(sorted({name.lower() for name in names})),
+            dns_names_only=len(names) == len(extension.value),
             validity=Validity(certificate.not_valid_before_utc, certificate.not_valid_after_utc),
             fingerprint=hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest(),
             serial=f"{certificate.serial_number:x}",
@@ -156,6 +167,10 @@ def _check_leaf(certificate: x509.Certificate, leaf: Leaf, now: datetime) -> Non
         raise ChainRefused(
             f"the CA's certificate starts only at {leaf.validity.not_before.isoformat()}: check this machine's clock"
         )
+
+
+def _to_pem(certificates: Iterable[x509.Certificate]) -> str:
+    return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
 
 
 def _spki_sha256(public_key: object) -> str:
