@@ -7,9 +7,11 @@ saw the CA fetch its token. A wait that is longer than a lease is given back to 
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
+from certworker.core.issuance import State
 from certworker.errors import LeaseLost, StoreError
 from certworker.steps.issue import LONGEST_HOLD, Bench, Session, advance, give_back, open_session, put_off_bug
 from certworker.store import issuances, workers
@@ -21,6 +23,8 @@ _MOST_THREADS = 16
 """More only wait for each other: the CA's answers are what takes time, and waiting holds no thread."""
 _POLL = timedelta(seconds=1)
 """How often the database is asked for work that nobody announced."""
+_DRAIN = timedelta(seconds=20)
+"""How long a stop waits for CAs that are validating."""
 _AFTER_FETCH = timedelta(milliseconds=100)
 """CAs fetch a token several times; after the last fetch of a burst the CA is asked what it thinks."""
 
@@ -40,6 +44,10 @@ class Crew:
         """When the database is asked for work again; None: now."""
         self._claiming = False
         self._stopping = threading.Event()
+        self._cut = threading.Event()
+        """Set when nothing more is seen through."""
+        self._in_validation = 0
+        """How many of those in work the CA may be looking for right now."""
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -50,14 +58,22 @@ class Crew:
         for thread in self._threads:
             thread.start()
 
-    def stop(self, within: timedelta = timedelta(seconds=25)) -> bool:
-        """Finish the actions under way, give every lease back; return whether all ended in time."""
+    def stop(self, within: timedelta = _DRAIN) -> bool:
+        """Finish the actions under way, give every lease back; return whether all ended in time.
+
+        A CA that was told to look would find nobody and call the name invalid: what it validates is
+        seen through first.
+        """
+        give_up_at = time.monotonic() + within.total_seconds()
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
-        share = within / max(len(self._threads), 1)
+            while self._validating() and time.monotonic() < give_up_at:
+                self._changed.wait(0.1)
+            self._cut.set()
+            self._changed.notify_all()
         for thread in self._threads:
-            thread.join(max(share.total_seconds(), 1.0))
+            thread.join(max(give_up_at - time.monotonic(), 1.0))
         ended = not any(thread.is_alive() for thread in self._threads)
         self._bench.db.write(lambda tx: issuances.free_leases(tx, self._worker_id))
         return ended
@@ -85,7 +101,7 @@ class Crew:
     # -- threads --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while not self._stopping.is_set():
+        while not self._cut.is_set():
             try:
                 session = self._next()
                 if session is not None:
@@ -102,11 +118,12 @@ class Crew:
         """Return a session to move, claiming new ones when there is room; None when the wait was cut short."""
         with self._changed:
             now = self._bench.clock()
-            due = [session for session in self._waiting if self._until(session) <= now]
+            due = [session for session in self._waiting if self._goes_on(session) and self._until(session) <= now]
             if due:
                 session = min(due, key=self._until)
                 self._waiting.remove(session)
                 self._in_work += 1
+                self._in_validation += _is_validating(session)
                 return session
             if not self._may_claim(now):
                 self._changed.wait(self._pause(now).total_seconds())
@@ -137,9 +154,9 @@ class Crew:
 
     def _move(self, session: Session) -> None:
         """Move one session until it waits or ends."""
-        kept = False
+        kept, validating = False, _is_validating(session)
         try:
-            while session.issuance.is_open and not self._stopping.is_set():
+            while session.issuance.is_open and self._goes_on(session):
                 self._advance(session)
                 if session.wait_until is not None:
                     break
@@ -149,6 +166,7 @@ class Crew:
         finally:
             with self._changed:
                 self._in_work -= 1
+                self._in_validation -= validating
                 if kept:
                     self._waiting.append(session)
                 self._changed.notify_all()
@@ -180,18 +198,31 @@ class Crew:
             except StoreError as error:
                 _log.warning("leases.database", extra={"error": str(error)})
 
+    def _goes_on(self, session: Session) -> bool:
+        """Say whether a session is moved: while stopping, only what the CA is validating."""
+        return not self._stopping.is_set() or (_is_validating(session) and not self._cut.is_set())
+
     # -- with the lock held ---------------------------------------------------------------------------
 
     def _may_claim(self, now: datetime) -> bool:
         room = self._concurrency - self._in_work - len(self._waiting)
+        if self._stopping.is_set():
+            return False
         return not self._claiming and room > 0 and (self._claim_at is None or self._claim_at <= now)
 
     def _pause(self, now: datetime) -> timedelta:
-        moments = [self._until(session) for session in self._waiting]
+        moments = [self._until(session) for session in self._waiting if self._goes_on(session)]
         if self._claim_at is not None and not self._claiming:
             moments.append(self._claim_at)
         longest = now + _POLL
         return max(min([*moments, longest]) - now, timedelta(milliseconds=1))
 
+    def _validating(self) -> bool:
+        return self._in_validation > 0 or any(_is_validating(session) for session in self._waiting)
+
     def _until(self, session: Session) -> datetime:
         return session.wait_until or session.issuance.attempt_at
+
+
+def _is_validating(session: Session) -> bool:
+    return session.issuance.state in (State.PUBLISHED, State.VALIDATING)
