@@ -160,7 +160,8 @@ _TIME_FORM = (
     "{0} GLOB '"
     f"{_DIGITS[4]}-{_DIGITS[2]}-{_DIGITS[2]}T{_DIGITS[2]}:{_DIGITS[2]}:{_DIGITS[2]}.{_DIGITS[6]}Z"
     # SQLite reads 31 February as 3 March and 24:00 as the next day; Python reads neither.
-    "' AND strftime('%Y-%m-%dT%H:%M:%S', substr({0}, 1, 19)) = substr({0}, 1, 19) AND {0} > '0001'"
+    # Adding nothing makes it count; IS, because what it cannot read at all is NULL.
+    "' AND strftime('%Y-%m-%dT%H:%M:%S', substr({0}, 1, 19), '+0 days') IS substr({0}, 1, 19) AND {0} > '0001'"
 )
 _FORMS: dict[str, dict[type, str]] = {
     "sqlite": {

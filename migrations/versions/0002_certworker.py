@@ -145,7 +145,8 @@ _table(
     Column("attempt_at", UtcTime, nullable=False),
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("error", Json),
-    Column("account_id", UuidText, ForeignKey("acme_accounts.id")),
+    # The table is given: another program may delete an account, whatever was ordered with it.
+    Column("account_id", UuidText, ForeignKey("acme_accounts.id", ondelete="SET NULL")),
     Column("key_pem", Text),
     Column("csr_der", LargeBinary),
     Column("spki_sha256", Text),

@@ -1,0 +1,36 @@
+"""What this room's tests share: another program, a second worker, and a lineage to work on."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pytest
+
+from certworker.store import lineages
+from certworker.store.database import Database, open_database
+
+from .given import Program, url_of
+
+NOW = datetime(2026, 11, 22, 12, 0, 0, 123456, tzinfo=UTC)
+ISSUER = lineages.Issuer("https://ca.test/dir", "", "ecdsa-p256")
+
+
+@pytest.fixture
+def program(db: Database) -> Iterator[Program]:
+    """Another gateway program on the same database."""
+    program = Program(db)
+    yield program
+    program.close()
+
+
+@pytest.fixture
+def twin(db: Database) -> Iterator[Database]:
+    """The same database as another process sees it: with connections of its own."""
+    twin = open_database(url_of(db))
+    yield twin
+    twin.close()
+
+
+@pytest.fixture
+def lineage_id(db: Database) -> str:
+    """A lineage for `a.test`."""
+    return db.write(lambda tx: lineages.find_or_add(tx, ["a.test"], ISSUER, NOW))
