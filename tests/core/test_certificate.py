@@ -1,0 +1,282 @@
+"""A chain is used only if it is what was ordered; every other one is refused with its reason."""
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from certworker.core.certificate import (
+    CLOCK_TOLERANCE,
+    MAX_CHAIN_BYTES,
+    MAX_CHAIN_LENGTH,
+    Chain,
+    check_chain,
+    normalise_pair,
+    read_leaf,
+)
+from certworker.errors import ChainRefused, InputError
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+NAMES = ("a.example.com", "b.example.com")
+
+Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+
+
+def make_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+LEAF_KEY, ISSUER_KEY, ROOT_KEY, OTHER_KEY = (make_key() for _ in range(4))
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A certificate to be made; the defaults are what a CA would send."""
+
+    names: tuple[x509.GeneralName, ...] | None = tuple(map(x509.DNSName, NAMES))
+    key: Key = LEAF_KEY
+    signed_by: Key = ISSUER_KEY
+    subject: str = ""
+    issuer: str = "issuer"
+    not_before: datetime = NOW - timedelta(hours=1)
+    not_after: datetime = NOW + timedelta(days=90)
+    ca: bool | None = False
+
+    def make(self) -> x509.Certificate:
+        builder = x509.CertificateBuilder().subject_name(name(self.subject)).issuer_name(name(self.issuer))
+        builder = builder.public_key(self.key.public_key()).serial_number(0xABC123)
+        builder = builder.not_valid_before(self.not_before).not_valid_after(self.not_after)
+        if self.names is not None:
+            builder = builder.add_extension(x509.SubjectAlternativeName(self.names), critical=False)
+        if self.ca is not None:
+            builder = builder.add_extension(x509.BasicConstraints(self.ca, None), critical=True)
+        return builder.sign(self.signed_by, hashes.SHA256())
+
+
+def name(common: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)] if common else [])
+
+
+def pem(*certificates: x509.Certificate) -> str:
+    return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
+
+
+def key_pem(key: Key, form: PrivateFormat = PrivateFormat.PKCS8) -> str:
+    return key.private_bytes(Encoding.PEM, form, NoEncryption()).decode()
+
+
+LEAF = Draft().make()
+ISSUER = Draft(None, ISSUER_KEY, ROOT_KEY, "issuer", "root", ca=True).make()
+ROOT = Draft(None, ROOT_KEY, ROOT_KEY, "root", "root", ca=True).make()
+SPKI = read_leaf(pem(LEAF)).spki_sha256
+
+
+def check(text: str, names: tuple[str, ...] = NAMES, now: datetime = NOW) -> Chain:
+    return check_chain(text, spki_sha256=SPKI, dns_names=names, now=now)
+
+
+def test_a_good_chain_is_described() -> None:
+    """Names, key, serial and dates are read from the leaf, the text is written anew."""
+    chain = check(pem(LEAF, ISSUER, ROOT))
+
+    assert chain.pem == pem(LEAF, ISSUER, ROOT)
+    assert chain.leaf.dns_names == NAMES
+    assert chain.leaf.serial == "abc123"
+    assert chain.leaf.issuer == "issuer"
+    assert chain.leaf.fingerprint == LEAF.fingerprint(hashes.SHA256()).hex()
+    assert chain.leaf.validity.not_after == NOW + timedelta(days=90)
+    assert chain.leaf.validity.lifetime == timedelta(days=90, hours=1)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("\n", "\r\n"),
+    lambda text: "\n\n" + text.replace("-----END CERTIFICATE-----\n", "-----END CERTIFICATE-----\n\n \n"),
+])  # fmt: skip
+def test_a_chain_is_written_anew(change: object) -> None:
+    """Other line ends and blank lines, on which HAProxy's socket would choke, do not survive."""
+    assert callable(change)
+    assert check(change(pem(LEAF, ISSUER))).pem == pem(LEAF, ISSUER)
+
+
+def test_order_and_case_of_names_do_not_matter() -> None:
+    """What counts is the set of names."""
+    leaf = Draft(tuple(map(x509.DNSName, ("B.example.com", "a.EXAMPLE.com")))).make()
+
+    assert check(pem(leaf), names=NAMES[::-1]).leaf.dns_names == NAMES
+
+
+def test_a_leaf_alone_and_one_without_basic_constraints_will_do() -> None:
+    """A private CA may sign with its root and say nothing of constraints."""
+    assert check(pem(Draft(ca=None).make())).leaf.issuer == "issuer"
+
+
+def other_names(*values: x509.GeneralName) -> x509.Certificate:
+    return Draft(values).make()
+
+
+DNS = tuple(map(x509.DNSName, NAMES))
+SECRET = key_pem(OTHER_KEY)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        pytest.param(pem(Draft(key=OTHER_KEY).make(), ISSUER), "for another key", id="another key"),
+        pytest.param(pem(other_names(*DNS, x509.DNSName("c.example.com"))), "not for what was ordered", id="superset"),
+        pytest.param(pem(other_names(DNS[0])), "not for what was ordered", id="subset"),
+        pytest.param(pem(other_names(x509.DNSName("*.example.com"))), "not for what was ordered", id="wildcard"),
+        pytest.param(
+            pem(other_names(*DNS, x509.IPAddress(ipaddress.ip_address("192.0.2.1")))), "more than the DNS", id="address"
+        ),
+        pytest.param(pem(other_names(*DNS, x509.RFC822Name("a@example.com"))), "more than the DNS", id="mailbox"),
+        pytest.param(pem(Draft(names=None).make()), "no subjectAltName", id="no names"),
+        pytest.param(pem(ISSUER, LEAF), "no subjectAltName", id="issuer first"),
+        pytest.param(pem(LEAF, ROOT, ISSUER), "not signed by the one after it", id="wrong order"),
+        pytest.param(pem(LEAF, ROOT), "not signed by the one after it", id="a gap"),
+        pytest.param(pem(LEAF, LEAF), "not signed by the one after it", id="twice the leaf"),
+        pytest.param(
+            pem(Draft(signed_by=OTHER_KEY).make(), ISSUER), "not signed by the one after it", id="forged signature"
+        ),
+        pytest.param(pem(Draft(ca=True).make(), ISSUER), "a CA certificate", id="a CA"),
+        pytest.param(SECRET + pem(LEAF, ISSUER), "something else than certificates", id="key first"),
+        pytest.param(pem(LEAF) + SECRET + pem(ISSUER), "something else than certificates", id="key inside"),
+        pytest.param(
+            pem(LEAF) + key_pem(OTHER_KEY, PrivateFormat.TraditionalOpenSSL), "something else", id="EC PRIVATE KEY"
+        ),
+        pytest.param(
+            pem(LEAF).replace("-----END", SECRET + "-----END"), "something else than certificates", id="key nested"
+        ),
+        pytest.param(pem(LEAF) + "-----BEGIN X509 CRL-----\nAA==\n-----END X509 CRL-----\n", "else", id="a CRL"),
+        pytest.param("subject=/CN=x\n" + pem(LEAF), "text outside", id="text before"),
+        pytest.param(pem(LEAF) + "# issuer\n" + pem(ISSUER), "text outside", id="text between"),
+        pytest.param(pem(LEAF) + "show info\n", "text outside", id="text after"),
+        pytest.param(pem(LEAF).replace("-----END", "-----FIN"), "text outside", id="no end"),
+        pytest.param(pem(*[ISSUER] * (MAX_CHAIN_LENGTH + 1)), "holds 21 certificates", id="too many"),
+        pytest.param(pem(LEAF) + "\n" * MAX_CHAIN_BYTES, "at most 262144", id="too large"),
+        pytest.param("", "holds 0 certificates", id="nothing"),
+        pytest.param("<html>", "holds 0 certificates", id="html"),
+        pytest.param("\ud800", "holds 0 certificates", id="a surrogate"),
+        pytest.param(pem(LEAF)[:27] + "\ud800" + pem(LEAF)[27:], "cannot be read", id="a surrogate inside"),
+        pytest.param("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "cannot be read", id="not DER"),
+        pytest.param("-----BEGIN CERTIFICATE-----\n?\n-----END CERTIFICATE-----\n", "cannot be read", id="not base64"),
+        pytest.param("-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n", "cannot be read", id="empty block"),
+    ],
+)  # fmt: skip
+def test_what_was_not_ordered_is_refused(text: str, reason: str) -> None:
+    """RFC 8555 §11.4, and what a mixed-up or hostile CA could send; no refusal quotes a key."""
+    with pytest.raises(ChainRefused, match=re.escape(reason)) as refused:
+        check(text)
+    assert "\n" not in str(refused.value)
+    assert SECRET.splitlines()[1] not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [
+        (NOW + timedelta(days=90), "has expired already"),
+        (NOW + timedelta(days=900), "has expired already"),
+        (NOW - timedelta(hours=1) - CLOCK_TOLERANCE - timedelta(seconds=1), "check this machine's clock"),
+    ],
+)
+def test_a_leaf_out_of_its_time_is_refused(now: datetime, reason: str) -> None:
+    """Expired in the second of its end; in the future beyond the tolerance."""
+    with pytest.raises(ChainRefused, match=reason):
+        check(pem(LEAF), now=now)
+
+
+@pytest.mark.parametrize("now", [
+    NOW + timedelta(days=90) - timedelta(seconds=1),
+    NOW - timedelta(hours=1) - CLOCK_TOLERANCE,
+])  # fmt: skip
+def test_a_leaf_at_the_edge_of_its_time_is_taken(now: datetime) -> None:
+    """A clock that is five minutes behind stops nobody."""
+    assert check(pem(LEAF), now=now)
+
+
+@given(st.text(max_size=200) | st.text("-BEGIN CERTFAD\n", max_size=200))
+def test_garbage_is_refused(text: str) -> None:
+    """Whatever comes, ChainRefused is all that is raised."""
+    with pytest.raises(ChainRefused):
+        check(text)
+
+
+@given(at=st.integers(0, len(LEAF.public_bytes(Encoding.DER)) - 1), bit=st.integers(0, 7))
+def test_no_flipped_bit_passes_with_its_issuer(at: int, bit: int) -> None:
+    """A leaf that differs anywhere is not signed by its issuer any more, or cannot be read."""
+    der = bytearray(LEAF.public_bytes(Encoding.DER))
+    der[at] ^= 1 << bit
+    try:
+        text = pem(x509.load_der_x509_certificate(bytes(der)), ISSUER)
+    except ValueError:
+        return
+    with pytest.raises(ChainRefused):
+        check(text)
+
+
+# -- a certificate and its key -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+def test_a_pair_is_written_anew(form: PrivateFormat) -> None:
+    """Text around the key is gone; the key is the same."""
+    chain, secret = normalise_pair(
+        pem(LEAF, ISSUER).replace("\n", "\r\n"), f"Bag Attributes\n\n{key_pem(LEAF_KEY, form)}\n\ntrailing: text\n"
+    )
+
+    assert chain == pem(LEAF, ISSUER)
+    assert secret == key_pem(LEAF_KEY)
+
+
+def test_an_rsa_pair_is_taken() -> None:
+    """The kind of the key does not matter."""
+    key = rsa.generate_private_key(65537, 2048)
+    _, secret = normalise_pair(pem(Draft(key=key).make()), key_pem(key, PrivateFormat.TraditionalOpenSSL))
+
+    assert load_pem_private_key(secret.encode(), None).private_numbers() == key.private_numbers()  # type: ignore[union-attr]
+
+
+ENCRYPTED = LEAF_KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x")).decode()
+
+
+@pytest.mark.parametrize(
+    ("chain", "secret", "reason"),
+    [
+        (pem(LEAF), key_pem(OTHER_KEY), "does not belong to the certificate"),
+        (pem(ISSUER, LEAF), key_pem(LEAF_KEY), "no subjectAltName"),
+        (pem(LEAF), ENCRYPTED, "unencrypted PEM"),
+        (pem(LEAF), "", "unencrypted PEM"),
+        (pem(LEAF), "\ud800", "unencrypted PEM"),
+        (pem(LEAF), pem(LEAF), "unencrypted PEM"),
+        (pem(LEAF) + key_pem(LEAF_KEY), key_pem(LEAF_KEY), "something else than certificates"),
+        ("", key_pem(LEAF_KEY), "holds 0 certificates"),
+    ],
+)
+def test_an_odd_pair_is_refused(chain: str, secret: str, reason: str) -> None:
+    """InputError says why, and quotes no key."""
+    with pytest.raises(InputError, match=reason) as refused:
+        normalise_pair(chain, secret)
+    assert "PRIVATE" not in str(refused.value)
+    assert refused.value.__cause__ is None
+
+
+@given(chain=st.text(max_size=60), secret=st.text(max_size=60))
+def test_a_garbage_pair_is_refused(chain: str, secret: str) -> None:
+    """InputError is all that is raised, whichever half is garbage."""
+    for pair in ((chain, key_pem(LEAF_KEY)), (pem(LEAF), secret)):
+        with pytest.raises(InputError):
+            normalise_pair(*pair)
