@@ -32,22 +32,28 @@ _AFTER_FETCH = timedelta(milliseconds=100)
 class Crew:
     """Works on every issuance that is due, or (`only`) on the given ones, until stopped."""
 
-    def __init__(self, bench: Bench, worker_id: str, concurrency: int, only: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        worker_id: str,
+        concurrency: int,
+        only: list[str] | None = None,
+        heartbeat: timedelta = issuances.HEARTBEAT,
+    ) -> None:
         self._bench = bench
         self._worker_id = worker_id
         self._concurrency = concurrency
         self._only = only
         self._changed = threading.Condition()
         self._waiting: list[Session] = []
-        self._in_work = 0
+        self._in_work: list[Session] = []
         self._claim_at: datetime | None = None
         """When the database is asked for work again; None: now."""
         self._claiming = False
         self._stopping = threading.Event()
         self._cut = threading.Event()
         """Set when nothing more is seen through."""
-        self._in_validation = 0
-        """How many of those in work the CA may be looking for right now."""
+        self._heartbeat = heartbeat
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -96,7 +102,7 @@ class Crew:
     def in_flight(self) -> int:
         """How many issuances this worker holds."""
         with self._changed:
-            return self._in_work + len(self._waiting)
+            return len(self._in_work) + len(self._waiting)
 
     # -- threads --------------------------------------------------------------------------------------
 
@@ -122,14 +128,13 @@ class Crew:
             if due:
                 session = min(due, key=self._until)
                 self._waiting.remove(session)
-                self._in_work += 1
-                self._in_validation += _is_validating(session)
+                self._in_work.append(session)
                 return session
             if not self._may_claim(now):
                 self._changed.wait(self._pause(now).total_seconds())
                 return None
             self._claiming = True
-            room = self._concurrency - self._in_work - len(self._waiting)
+            room = self._concurrency - len(self._in_work) - len(self._waiting)
         self._claim(now, room)
         return None
 
@@ -154,7 +159,7 @@ class Crew:
 
     def _move(self, session: Session) -> None:
         """Move one session until it waits or ends."""
-        kept, validating = False, _is_validating(session)
+        kept = False
         try:
             while session.issuance.is_open and self._goes_on(session):
                 self._advance(session)
@@ -165,8 +170,7 @@ class Crew:
             _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id, "error": str(error)})
         finally:
             with self._changed:
-                self._in_work -= 1
-                self._in_validation -= validating
+                self._in_work.remove(session)
                 if kept:
                     self._waiting.append(session)
                 self._changed.notify_all()
@@ -190,13 +194,27 @@ class Crew:
         return False
 
     def _keep_leases(self) -> None:
-        db = self._bench.db
-        while not self._stopping.wait(issuances.HEARTBEAT.total_seconds()):
+        while not self._cut.wait(self._heartbeat.total_seconds()):
             try:
-                db.write(lambda tx: issuances.extend_leases(tx, self._worker_id))
-                db.write(lambda tx: workers.beat(tx, self._worker_id))
+                self._extend_leases()
+                self._bench.db.write(lambda tx: workers.beat(tx, self._worker_id))
             except StoreError as error:
                 _log.warning("leases.database", extra={"error": str(error)})
+
+    def _extend_leases(self) -> None:
+        """Keep what is held here, and nothing else: a lease that no session stands behind has to end.
+
+        What another worker has taken is dropped; a session in work finds out at its next write.
+        """
+        with self._changed:
+            sessions = [*self._in_work, *self._waiting]
+        ids = [session.issuance.id for session in sessions]
+        held = self._bench.db.write(lambda tx: issuances.extend_leases(tx, self._worker_id, ids))
+        with self._changed:
+            for session in sessions:
+                if held.get(session.issuance.id) != session.issuance.lease_token and session in self._waiting:
+                    _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id})
+                    self._waiting.remove(session)
 
     def _goes_on(self, session: Session) -> bool:
         """Say whether a session is moved: while stopping, only what the CA is validating."""
@@ -205,7 +223,7 @@ class Crew:
     # -- with the lock held ---------------------------------------------------------------------------
 
     def _may_claim(self, now: datetime) -> bool:
-        room = self._concurrency - self._in_work - len(self._waiting)
+        room = self._concurrency - len(self._in_work) - len(self._waiting)
         if self._stopping.is_set():
             return False
         return not self._claiming and room > 0 and (self._claim_at is None or self._claim_at <= now)
@@ -218,7 +236,7 @@ class Crew:
         return max(min([*moments, longest]) - now, timedelta(milliseconds=1))
 
     def _validating(self) -> bool:
-        return self._in_validation > 0 or any(_is_validating(session) for session in self._waiting)
+        return any(_is_validating(session) for session in [*self._in_work, *self._waiting])
 
     def _until(self, session: Session) -> datetime:
         return session.wait_until or session.issuance.attempt_at

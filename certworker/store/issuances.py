@@ -133,9 +133,11 @@ def claim(tx: Connection, worker: str, now: datetime, limit: int, only: list[str
     return sorted((to_value(Issuance, row) for row in rows), key=lambda issuance: issuance.attempt_at)
 
 
-def extend_leases(tx: Connection, worker: str) -> None:
-    """Keep everything `worker` holds for another LEASE."""
-    tx.execute(update(issuances).where(_OPEN, issuances.c.lease_owner == worker).values(lease_until=_lease_end()))
+def extend_leases(tx: Connection, worker: str, ids: list[str]) -> dict[str, int]:
+    """Keep those of `ids` that `worker` still holds for another LEASE; return their fencing tokens by id."""
+    held = update(issuances).where(issuances.c.id.in_(ids), _OPEN, issuances.c.lease_owner == worker)
+    rows = tx.execute(held.values(lease_until=_lease_end()).returning(issuances.c.id, issuances.c.lease_token))
+    return {row[0]: row[1] for row in rows}
 
 
 def free_leases(tx: Connection, worker: str | None = None) -> None:

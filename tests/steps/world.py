@@ -12,7 +12,7 @@ from certworker.steps.reconcile import Wanted, reconcile
 from certworker.steps.register import Accounts, Registration
 from certworker.steps.scan import scan
 from certworker.store import challenges, issuances, lineages, policies
-from certworker.store.database import Database
+from certworker.store.database import Database, Transaction
 from certworker.store.issuances import Issuance
 from certworker.store.lineages import Issuer, Lineage
 from certworker.store.rows import new_id
@@ -109,6 +109,21 @@ class World:
     def crash(self) -> None:
         """Let every lease end, as if the worker had died long ago."""
         self.db.write(issuances.free_leases)
+
+    def add_orphan(self, dns_name: str) -> str:
+        """Leave an issuance that this worker has claimed and does not know of; return its id."""
+        self.add_policy(dns_name)
+        reconcile(self.db, self.clock, self.wanted, self.sealer)
+        lineage, now = self.lineage(dns_name), self.clock()
+        later = now + timedelta(days=1)
+
+        def leave(tx: Transaction) -> str:
+            issuance_id = issuances.queue(tx, lineage.id, "first", later)
+            assert issuance_id is not None
+            issuances.claim(tx, self.worker, later, 1, [issuance_id])
+            return issuance_id
+
+        return self.db.write(leave)
 
     # -- what there is --------------------------------------------------------------------------------
 
