@@ -10,13 +10,21 @@ domains, a route of the same listener, type, match and priority.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 from uuid import UUID
 
+from certworker.core.gateway import show
 from certworker.core.names import check_names
 from certworker.errors import InputError
+
+_DEEPEST = 10
+"""Levels in a JSON column; what the columns mean needs two."""
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+"""PostgreSQL stores no NUL, and half a surrogate pair is no text."""
 
 Row = dict[str, Any]
 Tables = Mapping[str, list[Row]]
@@ -30,6 +38,13 @@ class _Shape:
     defaults: Mapping[str, Any]
     identity: tuple[str, ...]
     refers: Mapping[str, str] = field(default_factory=dict)
+    unique: bool = False
+    """Whether the database allows no two rows that `identity` cannot tell apart."""
+
+
+_KINDS: Mapping[type, str] = {
+    str: "text", int: "a whole number", bool: "true or false", dict: "a table", list: "an array", type(None): "nothing",
+}  # fmt: skip
 
 
 _SHAPES: Mapping[str, _Shape] = {
@@ -37,6 +52,7 @@ _SHAPES: Mapping[str, _Shape] = {
         {"id": (str,), "name": (str,), "policy": (str,), "health_check": (dict, type(None))},
         {"policy": "round_robin", "health_check": None},
         ("name",),
+        unique=True,
     ),
     "upstream_targets": _Shape(
         {"id": (str,), "pool_id": (str,), "address": (str,), "weight": (int,), "enabled": (bool,)},
@@ -54,6 +70,7 @@ _SHAPES: Mapping[str, _Shape] = {
          "tls_policy_id": (str, type(None)), "enabled": (bool,)},
         {"name": None, "tls_policy_id": None, "enabled": True},
         ("port", "protocol"),
+        unique=True,
     ),
     "routes": _Shape(
         {"id": (str,), "listener_id": (str,), "type": (str,), "match_expr": (dict,), "priority": (int,),
@@ -72,14 +89,13 @@ _CHOICES = {
 }
 
 
-def complete(document: Mapping[str, object], held: Tables, new_id: Callable[[], str], *, private_ca: bool) -> Tables:
+def complete(document: Mapping[Any, object], held: Tables, new_id: Callable[[], str], *, private_ca: bool) -> Tables:
     """Return the document's rows with every column, id and reference; `held` are the rows that are there.
 
     Raises InputError naming table, row (counted from 1), field, value and rule for the first fault.
     """
-    unknown = sorted(set(document) - set(_SHAPES))
-    if unknown:
-        raise InputError(f"{unknown[0]}: there is no such table; known are {', '.join(_SHAPES)}")
+    if unknown := _unknown(document, _SHAPES):
+        raise InputError(f"{unknown}: there is no such table; known are {', '.join(_SHAPES)}")
     tables: dict[str, list[Row]] = {}
     for name, shape in _SHAPES.items():
         if name not in document:
@@ -94,7 +110,7 @@ def complete(document: Mapping[str, object], held: Tables, new_id: Callable[[], 
     return tables
 
 
-def _rows_of(document: Mapping[str, object], name: str) -> list[object]:
+def _rows_of(document: Mapping[Any, object], name: str) -> list[object]:
     rows = document[name]
     if not isinstance(rows, list):
         raise InputError(f"{name}: must be an array of tables")
@@ -105,9 +121,8 @@ def _read_row(name: str, number: int, given: object) -> Row:
     shape, where = _SHAPES[name], f"{name} {number}"
     if not isinstance(given, dict):
         raise InputError(f"{where}: must be a table of columns")
-    unknown = sorted(set(given) - set(shape.columns))
-    if unknown:
-        raise InputError(f"{where}: {unknown[0]}: there is no such column; known are {', '.join(shape.columns)}")
+    if unknown := _unknown(given, shape.columns):
+        raise InputError(f"{where}: {unknown}: there is no such column; known are {', '.join(shape.columns)}")
     row = {**shape.defaults, **given}
     for column, types in shape.columns.items():
         if column == "id" and column not in row:
@@ -117,21 +132,58 @@ def _read_row(name: str, number: int, given: object) -> Row:
         _check_type(where, column, row[column], types)
         choices = _CHOICES.get((name, column))
         if choices and row[column] not in choices:
-            raise InputError(f"{where}: {column} {row[column]!r}: must be one of {', '.join(choices)}")
+            raise InputError(f"{where}: {column} {show(row[column])}: must be one of {', '.join(choices)}")
     return row
 
 
+def _unknown(given: Mapping[Any, object], known: Collection[str]) -> str | None:
+    """Return the first key that is not known, as it may be shown; YAML's need not even be text."""
+    unknown = sorted(str(key) for key in given if key not in known)
+    return None if not unknown else unknown[0] if unknown[0].isidentifier() else show(unknown[0])
+
+
 def _check_type(where: str, column: str, value: object, types: tuple[type, ...]) -> None:
+    shown = f"{where}: {column} {show(value)}"
     # A bool is an int to Python, not to a database.
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in types)
-        raise InputError(f"{where}: {column} {value!r}: must be {wanted}")
+        raise InputError(f"{shown}: must be {' or '.join(_KINDS[kind] for kind in types)}")
     if isinstance(value, int) and abs(value) >= 2**31:
-        raise InputError(f"{where}: {column} {value!r}: is too large")
-    if isinstance(value, str) and "\0" in value:
-        raise InputError(f"{where}: {column} {value!r}: holds a NUL character")
+        raise InputError(f"{shown}: is too large")
+    if isinstance(value, str):
+        _check_text(shown, value)
+    if isinstance(value, dict):
+        _check_json(shown, value)
     if column == "id":
         _check_id(where, str(value))
+
+
+def _check_text(shown: str, value: str) -> None:
+    if _UNSTORABLE.search(value):
+        raise InputError(f"{shown}: holds a character that no database stores")
+
+
+def _check_json(shown: str, value: object, depth: int = 0) -> None:
+    """TOML and YAML know more than JSON, which is what is stored: dates, not-a-number, keys that are no text."""
+    if depth > _DEEPEST:
+        raise InputError(f"{shown}: is nested more than {_DEEPEST} levels deep")
+    match value:
+        case dict():
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise InputError(f"{shown}: key {show(key)} must be text")
+                _check_text(shown, key)
+                _check_json(shown, inner, depth + 1)
+        case list():
+            for inner in value:
+                _check_json(shown, inner, depth + 1)
+        case str():
+            _check_text(shown, value)
+        case float() if not isfinite(value):
+            raise InputError(f"{shown}: {value} is no number that JSON knows")
+        case None | bool() | int() | float():
+            pass
+        case _:
+            raise InputError(f"{shown}: {show(value)} is nothing that JSON knows")
 
 
 def _check_id(where: str, value: str) -> None:
@@ -140,7 +192,7 @@ def _check_id(where: str, value: str) -> None:
     except ValueError:
         fits = False
     if not fits:
-        raise InputError(f"{where}: id {value!r}: must be a UUID in lower case with dashes")
+        raise InputError(f"{where}: id {show(value)}: must be a UUID in lower case with dashes")
 
 
 def _resolve(name: str, number: int, row: Row, known: Tables) -> None:
@@ -149,7 +201,7 @@ def _resolve(name: str, number: int, row: Row, known: Tables) -> None:
         named = [other for other in known.get(table, []) if row[column] in (other["id"], other.get("name"))]
         if len(named) != 1:
             trouble = "there is none" if not named else f"{len(named)} have this name, give an id"
-            raise InputError(f"{name} {number}: {column} {row[column]!r}: must name one of {table}; {trouble}")
+            raise InputError(f"{name} {number}: {column} {show(row[column])}: must name one of {table}; {trouble}")
         row[column] = named[0]["id"]
 
 
@@ -169,11 +221,14 @@ def _identify(name: str, shape: _Shape, rows: list[Row], held: list[Row], new_id
     by_identity = {_identity(shape, row): row["id"] for row in held}
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
-        if "id" not in row:
-            row["id"] = by_identity.get(_identity(shape, row)) or new_id()
-        if row["id"] in seen:
-            raise InputError(f"{name} {number}: is the same row as {name} {seen[row['id']]}")
-        seen[row["id"]] = number
+        identity = _identity(shape, row)
+        # Two rows with ids of their own may look the same, where the table allows it.
+        marks = [] if "id" in row and not shape.unique else [identity]
+        row.setdefault("id", by_identity.get(identity) or new_id())
+        for mark in [*marks, row["id"]]:
+            if mark in seen:
+                raise InputError(f"{name} {number}: is the same row as {name} {seen[mark]}")
+        seen |= {identity: number, row["id"]: number}
 
 
 def _identity(shape: _Shape, row: Row) -> str:
