@@ -27,7 +27,7 @@ from certworker.store import issuances, nodes, workers
 from certworker.store.rows import new_id
 from certworker.wiring import App
 
-_LOOK = 0.1
+_LOOK = 0.2
 """Seconds between two looks at the rows we wait for."""
 _TAKE_OVER = 2.0
 """Seconds between two tries to take the place of a service."""
@@ -108,25 +108,27 @@ class _Wait:
         with self._stack:
             while True:
                 self._take_over_if_free()
-                if self._working:
-                    verify(self._app.db, self._app.clock, self._app.settings.node_silent)
-                outcomes = [self._look(ticket) for ticket in self._tickets]
-                if all(self._is_final(one) for one in outcomes) or time.monotonic() >= self._deadline:
-                    return outcomes
+                self._look()
+                if len(self._ended) == len(self._tickets) or time.monotonic() >= self._deadline:
+                    break
                 self._wake.wait(_LOOK)
                 self._wake.clear()
+            return [self._ended.get(ticket.issuance_id) or self._ask(ticket) for ticket in self._tickets]
 
-    def _look(self, ticket: Ticket) -> Outcome:
-        if ticket.issuance_id in self._ended:
-            return self._ended[ticket.issuance_id]
-        found = outcome(self._app.db, ticket, has_nodes=self._has_nodes())
-        if self._is_final(found):
-            self._ended[ticket.issuance_id] = found
-            self._watch(found)
-        return found
+    def _look(self) -> None:
+        """Note what has ended since: one question for all that is open, one more for each that is not."""
+        if self._working:
+            verify(self._app.db, self._app.clock, self._app.settings.node_silent)
+        waiting = [ticket for ticket in self._tickets if ticket.issuance_id not in self._ended]
+        ids = [ticket.issuance_id for ticket in waiting]
+        closed = self._app.db.read(lambda tx: issuances.closed_among(tx, ids))
+        for ticket in waiting:
+            if ticket.issuance_id in closed and _is_final(found := self._ask(ticket)):
+                self._ended[ticket.issuance_id] = found
+                self._watch(found)
 
-    def _is_final(self, found: Outcome) -> bool:
-        return found.result == "failed" or (found.result == "renewed" and found.served is not False)
+    def _ask(self, ticket: Ticket) -> Outcome:
+        return outcome(self._app.db, ticket, has_nodes=self._has_nodes())
 
     def _has_nodes(self) -> bool:
         return bool(self._app.db.read(lambda tx: nodes.live(tx, self._app.settings.node_silent)))
@@ -171,3 +173,7 @@ class _Wait:
                 self._node.poke()
             self._wake.set()
         self._moved(session)
+
+
+def _is_final(found: Outcome) -> bool:
+    return found.result == "failed" or (found.result == "renewed" and found.served is not False)

@@ -94,6 +94,15 @@ def list_open(tx: Connection) -> list[tuple[Issuance, list[str]]]:
     return [(Issuance(*row[:-1]), row[-1]) for row in tx.execute(query)]
 
 
+def closed_among(tx: Connection, ids: list[str]) -> set[str]:
+    """Return those of `ids` that are not open any more, or not there."""
+    still_open: set[str] = set()
+    for start in range(0, len(ids), 500):
+        query = select(issuances.c.id).where(issuances.c.id.in_(ids[start : start + 500]), _OPEN)
+        still_open |= set(tx.execute(query).scalars())
+    return set(ids) - still_open
+
+
 def history(tx: Connection, lineage_id: str, limit: int = 20) -> list[Issuance]:
     """Return a lineage's newest issuances, newest first."""
     query = (

@@ -1,0 +1,127 @@
+"""`/healthz`, `/readyz`, `/metrics` over real HTTP."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
+
+import pytest
+
+from certworker.api.server import ApiServer
+from certworker.errors import CertworkerError, StoreError
+
+NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+
+
+@dataclass
+class World:
+    """Facts that tests set."""
+
+    scanned_at: datetime | None = NOW
+    database_down: bool = False
+    found: dict[str, dict[str, int]] = field(default_factory=lambda: {"certificates": {"active": 3}})
+
+    def now(self) -> datetime:
+        return NOW
+
+    def last_scan_at(self) -> datetime | None:
+        if self.database_down:
+            raise StoreError("cannot read from the database: connection refused")
+        return self.scanned_at
+
+    def issuances_in_flight(self) -> int:
+        return 7
+
+    def counts(self) -> Mapping[str, Mapping[str, int]]:
+        return self.found
+
+    def step_errors(self) -> Mapping[str, int]:
+        return {"scan": 2}
+
+    def challenge_answers(self) -> Mapping[str, int]:
+        return {"answered": 5, "unknown": 1}
+
+
+@pytest.fixture
+def facts() -> World:
+    return World()
+
+
+@pytest.fixture
+def get(facts: World, free_port: Callable[[], int]) -> Iterator[Callable[[str], tuple[int, str]]]:
+    port = free_port()
+    server = ApiServer(f"127.0.0.1:{port}", facts, timedelta(seconds=30))
+    server.start()
+
+    def ask(path: str) -> tuple[int, str]:
+        connection = HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        body = answer.read().decode()
+        connection.close()
+        return answer.status, body
+
+    yield ask
+    server.stop()
+
+
+def test_healthy_is_the_process_alone(get: Callable[[str], tuple[int, str]], facts: World) -> None:
+    """It answers even when the database does not."""
+    facts.database_down = True
+
+    assert get("/healthz") == (200, '{"status":"ok"}')
+
+
+def test_ready_while_the_scan_runs(get: Callable[[str], tuple[int, str]]) -> None:
+    assert get("/readyz")[0] == 200
+
+
+@pytest.mark.parametrize("scanned_at", [None, NOW - timedelta(minutes=5)], ids=["never", "long-ago"])
+def test_not_ready_without_a_scan(
+    get: Callable[[str], tuple[int, str]], facts: World, scanned_at: datetime | None
+) -> None:
+    """A worker whose scan stands still is not ready, and says so."""
+    facts.scanned_at = scanned_at
+    status, body = get("/readyz")
+
+    assert status == 503
+    assert "scan" in json.loads(body)["why"]
+
+
+def test_not_ready_without_the_database(get: Callable[[str], tuple[int, str]], facts: World) -> None:
+    facts.database_down = True
+    status, body = get("/readyz")
+
+    assert status == 503
+    assert "connection refused" in json.loads(body)["why"]
+
+
+def test_metrics_show_the_facts(get: Callable[[str], tuple[int, str]]) -> None:
+    """In Prometheus' text format."""
+    status, body = get("/metrics")
+
+    assert status == 200
+    assert "certworker_issuances_in_flight 7.0" in body
+    assert 'certworker_certificates{status="active"} 3.0' in body
+    assert 'certworker_step_errors_total{step="scan"} 2.0' in body
+    assert 'certworker_challenge_answers_total{kind="answered"} 5.0' in body
+    assert f"certworker_last_scan_timestamp_seconds {NOW.timestamp():.9e}"[:40] in body
+
+
+def test_unknown_paths_are_404(get: Callable[[str], tuple[int, str]]) -> None:
+    assert get("/docs")[0] == 404
+    assert get("/v1/nodes")[0] == 404
+
+
+def test_a_taken_port_is_told(facts: World, free_port: Callable[[], int]) -> None:
+    """One line with the address and what to do; stop() is harmless afterwards."""
+    port = free_port()
+    first = ApiServer(f"127.0.0.1:{port}", facts, timedelta(seconds=30))
+    second = ApiServer(f"127.0.0.1:{port}", facts, timedelta(seconds=30))
+    first.start()
+    with pytest.raises(CertworkerError, match=r"API_LISTEN"):
+        second.start()
+    second.stop()
+    first.stop()
+    first.stop()
