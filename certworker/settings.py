@@ -5,6 +5,7 @@ at the environment.
 """
 
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -30,15 +31,48 @@ PREFIX = "CERTWORKER_"
 LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 
 
+_SECRETS = frozenset(["acme_eab_hmac_key", "database_url"])
+"""Values that no message shows; a database URL may hold a password."""
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]):(?P<port>[0-9]{1,5})")
+_E_MAIL = re.compile(r"mailto:[!-~]+@[A-Za-z0-9.-]+")
+
+
+def _path(value: object) -> object:
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise ValueError("must be the path of a file or folder")
+    return value
+
+
+def _existing(value: Path) -> Path:
+    if not value.is_file():
+        raise ValueError("there is no such file")
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):  # TOML's true is a 1 to Python
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must be printable text")
+    return value
+
+
 def _address(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+    found = _ADDRESS.fullmatch(value)
+    if found is None or int(found["port"]) > 65535:
         raise ValueError("must be host:port")
     return value
 
 
 def _addresses(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    parts = tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    if not parts:
+        raise ValueError("must name at least one host:port")
+    return parts
 
 
 def _https(value: str) -> str:
@@ -49,10 +83,20 @@ def _https(value: str) -> str:
 
 
 def _contacts(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    parts = [part.strip() for part in value.split(",") if part.strip()]
-    return tuple(part if ":" in part else f"mailto:{part}" for part in parts)
+    parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        raise ValueError("must be e-mail addresses")
+    contacts = tuple(part if ":" in part else f"mailto:{part}" for part in map(str, parts))
+    # RFC 8555 §7.3: one address each, and no header fields.
+    if not all(_E_MAIL.fullmatch(contact) and not set(contact) & set(",?") for contact in contacts):
+        raise ValueError("must be e-mail addresses, separated by commas")
+    return contacts
+
+
+def _base64url(value: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+={0,2}", value.get_secret_value()):
+        raise ValueError("must be the base64url text that the CA gave")
+    return value
 
 
 def _database(value: str) -> str:
@@ -61,8 +105,10 @@ def _database(value: str) -> str:
     return value
 
 
+File = Annotated[Path, BeforeValidator(_path)]
 Address = Annotated[str, AfterValidator(_address)]
-Seconds = Annotated[int, Field(ge=1, le=86400)]
+Whole = Annotated[int, BeforeValidator(_number)]
+Seconds = Annotated[Whole, Field(ge=1, le=86400)]
 
 
 class Settings(BaseModel):
@@ -70,33 +116,35 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
-    data_dir: Path = Path(".certworker")
+    data_dir: File = Path(".certworker")
     database_url: Annotated[str, AfterValidator(_database)] = Field(default="", repr=False)
     acme_directory_url: Annotated[str, AfterValidator(_https)] = LETS_ENCRYPT
-    acme_ca_bundle: Path | None = None
+    acme_ca_bundle: Annotated[File, AfterValidator(_existing)] | None = None
     acme_private_ca: bool = False
     acme_contact: Annotated[tuple[str, ...], BeforeValidator(_contacts)] = ()
     acme_tos_agreed: bool = False
     acme_eab_kid: str | None = None
-    acme_eab_hmac_key: SecretStr | None = None
+    acme_eab_hmac_key: Annotated[SecretStr, AfterValidator(_base64url)] | None = None
     acme_profile: str | None = None
     key_type: Literal["ecdsa-p256", "ecdsa-p384", "rsa-2048", "rsa-3072", "rsa-4096"] = "ecdsa-p256"
     responder_listen: Address = "127.0.0.1:8402"
     responder_addresses: Annotated[tuple[Address, ...], BeforeValidator(_addresses)] = ()
     embedded_node: Literal["none", "haproxy", "nginx"] = "none"
-    haproxy_bin: Path | None = None
-    nginx_bin: Path | None = None
-    node_name: Annotated[str, Field(min_length=1, max_length=253)] = Field(default_factory=socket.gethostname)
+    haproxy_bin: File | None = None
+    nginx_bin: File | None = None
+    node_name: Annotated[str, Field(min_length=1, max_length=253), AfterValidator(_printable)] = Field(
+        default_factory=socket.gethostname
+    )
     node_silent_secs: Seconds = 60
     auto_publish: Literal["on", "off"] = "on"
     dns_resolver: Address | None = None
     seal: Literal["on", "off"] = "on"
-    kek_file: Path | None = None
+    kek_file: File | None = None
     scan_interval_secs: Seconds = 30
-    concurrency: Annotated[int, Field(ge=1, le=1024)] = 16
+    concurrency: Annotated[Whole, Field(ge=1, le=1024)] = 16
     api_listen: Address = "127.0.0.1:8400"
-    health_check_interval_secs: Annotated[int, Field(ge=1, le=3600)] = 10
-    health_check_timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 2000
+    health_check_interval_secs: Annotated[Whole, Field(ge=1, le=3600)] = 10
+    health_check_timeout_ms: Annotated[Whole, Field(ge=1, le=3_600_000)] = 2000
     log_format: Literal["text", "json"] | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -105,7 +153,7 @@ class Settings(BaseModel):
     def _derive(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Fill what another setting decides."""
         values = dict(given)
-        folder = Path(values.get("data_dir", ".certworker"))
+        folder = Path(str(values.get("data_dir", ".certworker")))
         values.setdefault("database_url", f"sqlite:///{folder / 'certworker.db'}")
         values.setdefault("kek_file", folder / "kek")
         values.setdefault("acme_private_ca", values.get("acme_ca_bundle") is not None)
@@ -114,12 +162,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if (self.acme_eab_kid is None) != (self.acme_eab_hmac_key is None):
-            raise ValueError("ACME_EAB_KID and ACME_EAB_HMAC_KEY belong together: set both or none")
-        if self.health_check_timeout_ms > self.health_check_interval_secs * 1000:
-            raise ValueError("HEALTH_CHECK_TIMEOUT_MS must not be longer than HEALTH_CHECK_INTERVAL_SECS")
-        if self.acme_ca_bundle is not None and not self.acme_ca_bundle.is_file():
-            raise ValueError(f"ACME_CA_BUNDLE {str(self.acme_ca_bundle)!r}: there is no such file")
+        if faults := _disagreements(self.__dict__):
+            raise ValueError("; ".join(faults))
         return self
 
     @property
@@ -160,16 +204,45 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"the settings file {path} is not TOML: {error}") from None
 
 
+def _disagreements(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong between settings; `values` may be as they were given."""
+    faults = []
+    if (values.get("acme_eab_kid") is None) != (values.get("acme_eab_hmac_key") is None):
+        faults.append("ACME_EAB_KID and ACME_EAB_HMAC_KEY belong together: set both or none")
+    try:
+        interval = int(values.get("health_check_interval_secs", 10))
+        timeout = int(values.get("health_check_timeout_ms", 2000))
+    except (TypeError, ValueError):
+        return faults  # one of them is a fault of its own
+    if timeout > interval * 1000:
+        faults.append("HEALTH_CHECK_TIMEOUT_MS must not be longer than HEALTH_CHECK_INTERVAL_SECS")
+    return faults
+
+
 def _faults(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
-    lines = []
+    given, derived = [], []
     for fault in error.errors(include_url=False, include_context=False):
         name = str(fault["loc"][0]) if fault["loc"] else ""
         rule = fault["msg"].removeprefix("Value error, ")
+        rule = rule[:1].lower() + rule[1:]
         if fault["type"] == "extra_forbidden":
-            lines.append(f"{PREFIX}{name.upper()}: there is no such setting")
-        elif not name:
-            lines.append(rule)
-        else:
-            shown = "" if "key" in name or name == "database_url" else f" {str(values.get(name, ''))!r}"
-            lines.append(f"{PREFIX}{name.upper()}{shown}: {rule[:1].lower()}{rule[1:]}")
-    return lines
+            given.append(_unknown(name))
+        elif name in values:
+            given.append(f"{PREFIX}{name.upper()}{_shown(name, values[name])}: {rule}")
+        elif name:
+            derived.append(f"{PREFIX}{name.upper()}: {rule}")
+    # What lies between settings is not looked at by the model while one of them is wrong in itself.
+    given += _disagreements(values)
+    return list(dict.fromkeys(given)) or derived
+
+
+def _unknown(name: str) -> str:
+    if name.lower() in Settings.model_fields:
+        return f"{name}: settings are written in lower case in the file"
+    shown = f"{PREFIX}{name.upper()}" if name.isidentifier() else repr(name)
+    return f"{shown}: there is no such setting"
+
+
+def _shown(name: str, value: object) -> str:
+    hidden = name in _SECRETS or (name.endswith("_url") and "@" in str(value))
+    return "" if hidden else f" {str(value)[:200]!r}"
