@@ -162,7 +162,7 @@ class _Wait:
         if agent is not None:
             publish(app.db, app.clock, app.defaults)
             self._node = EmbeddedNode(agent)
-            self._stack.callback(self._node.stop)
+            self._stack.callback(self._node.stop, as_found=True)
             self._node.start()
         self._stack.callback(crew.stop)
         crew.start()

@@ -203,6 +203,7 @@ class EmbeddedNode:
         self._wake = threading.Event()
         self._stopping = False
         self._said: str | None = None
+        self._found_serving = agent.serving
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
 
     def start(self) -> None:
@@ -214,13 +215,14 @@ class EmbeddedNode:
         """Look now."""
         self._wake.set()
 
-    def stop(self) -> None:
-        """End the thread and the proxy that it manages."""
+    def stop(self, *, as_found: bool = False) -> None:
+        """End the thread and the proxy that it manages; `as_found` lets one run on that ran before the start."""
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(25)
-        self._agent.stop()
+        if not (as_found and self._found_serving):
+            self._agent.stop()
         self._agent.close()
 
     def _run(self) -> None:

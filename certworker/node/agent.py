@@ -72,6 +72,11 @@ class Agent:
         self._proved = {}
         return heartbeat
 
+    @property
+    def serving(self) -> bool:
+        """Whether the proxy runs now, whoever started it."""
+        return self._proxy.running()
+
     def stop(self) -> None:
         """End the proxy. What it served is served again by the next step."""
         self._proxy.stop()
