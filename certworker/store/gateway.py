@@ -26,6 +26,8 @@ APPLIED_COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 """What a document may set; the rest is the program's."""
 
+UNIQUE_COLUMNS: Mapping[str, tuple[str, ...]] = {"upstream_pools": ("name",), "listeners": ("port", "protocol")}
+
 
 def read(tx: Connection) -> GatewayRows:
     """Return the rows a snapshot is built from; of the policies only those that a listener names."""
@@ -62,6 +64,7 @@ def replace(tx: Connection, document: Mapping[str, list[dict[str, Any]]], now: d
         for row_id in set(held.get(table, {})) - set(wanted.get(table, {})):
             changed[table.name] += tx.execute(delete(table).where(table.c.id == row_id)).rowcount
     for table in (table for table in APPLIED if table in wanted):
+        _vacate(tx, table, wanted[table], held[table])
         for row_id, row in wanted[table].items():
             changed[table.name] += _put(tx, table, row, held[table].get(row_id), now)
     return changed
@@ -70,6 +73,15 @@ def replace(tx: Connection, document: Mapping[str, list[dict[str, Any]]], now: d
 def _rows(tx: Connection, table: Table) -> list[dict[str, Any]]:
     columns = [table.c[name] for name in APPLIED_COLUMNS[table.name]]
     return [dict(row._mapping) for row in tx.execute(select(*columns))]
+
+
+def _vacate(tx: Connection, table: Table, wanted: dict[str, dict[str, Any]], held: dict[str, dict[str, Any]]) -> None:
+    """Take what is unique from the rows that give it up: two rows may trade, and each statement is checked."""
+    columns = UNIQUE_COLUMNS.get(table.name, ())
+    leaving = [row_id for row_id in wanted.keys() & held if any(wanted[row_id][c] != held[row_id][c] for c in columns)]
+    for number, row_id in enumerate(leaving, 1):
+        nobodys = {"port": -number} if table is listeners else {"name": row_id}
+        tx.execute(update(table).where(table.c.id == row_id).values(**nobodys))
 
 
 def _put(tx: Connection, table: Table, row: dict[str, Any], held: dict[str, Any] | None, now: datetime) -> int:

@@ -9,8 +9,15 @@ from sqlalchemy import Connection, delete, exists, insert, select, update
 from certworker.core.certificate import Validity
 from certworker.core.names import names_hash
 from certworker.store import policies
-from certworker.store.rows import columns_of, insert_new, new_id, to_value
+from certworker.store.rows import columns_of, insert_new, new_id, pages, to_value
 from certworker.store.tables import certificates, lineage_names, lineages, policy_lineages, tls_policies
+
+_WANTING = (
+    tls_policies.c.id == policy_lineages.c.policy_id,
+    tls_policies.c.mode == "auto",
+    tls_policies.c.paused_at.is_(None),
+)
+"""What makes a linked policy one that certificates are issued for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ def find_or_add(tx: Connection, names: list[str], issuer: Issuer, now: datetime)
 
 
 def naming(tx: Connection, dns_name: str) -> list[Lineage]:
-    """Return the wanted lineages that have this name, those wanted by a policy first."""
+    """Return the lineages that have this name, wanted or not."""
     query = (
         select(*columns_of(Lineage, lineages))
         .join(lineage_names, lineage_names.c.lineage_id == lineages.c.id)
@@ -97,9 +104,13 @@ def naming(tx: Connection, dns_name: str) -> list[Lineage]:
 
 
 def list_wanted(tx: Connection, *, after: str = "", limit: int = 1000) -> list[Lineage]:
-    """Return a page, by id, of the lineages that a policy names."""
-    wanted = exists(select(1).where(policy_lineages.c.lineage_id == lineages.c.id))
-    query = select(*columns_of(Lineage, lineages)).where(wanted).order_by(lineages.c.id).limit(limit)
+    """Return a page, by id, of the lineages that certificates are issued for."""
+    query = (
+        select(*columns_of(Lineage, lineages))
+        .where(exists(select(1).where(policy_lineages.c.lineage_id == lineages.c.id, *_WANTING)))
+        .order_by(lineages.c.id)
+        .limit(limit)
+    )
     if after:
         query = query.where(lineages.c.id > after)
     return [to_value(Lineage, row) for row in tx.execute(query)]
@@ -122,13 +133,13 @@ def link(tx: Connection, policy_id: str, wanted: list[str]) -> list[str]:
         tx.execute(select(policy_lineages.c.lineage_id).where(policy_lineages.c.policy_id == policy_id)).scalars()
     )
     gone, fresh = sorted(current - set(wanted)), sorted(set(wanted) - current)
-    for page in _pages(gone):
+    for page in pages(gone):
         tx.execute(
             delete(policy_lineages).where(
                 policy_lineages.c.policy_id == policy_id, policy_lineages.c.lineage_id.in_(page)
             )
         )
-    for page in _pages(fresh):
+    for page in pages(fresh):
         statuses = tx.execute(select(lineages.c.id, lineages.c.status).where(lineages.c.id.in_(page))).all()
         tx.execute(
             insert(policy_lineages),
@@ -139,15 +150,7 @@ def link(tx: Connection, policy_id: str, wanted: list[str]) -> list[str]:
 
 def is_wanted(tx: Connection, lineage_id: str) -> bool:
     """Say whether a policy wants certificates for it: `mode = auto` and not paused."""
-    query = (
-        select(1)
-        .select_from(policy_lineages.join(tls_policies, tls_policies.c.id == policy_lineages.c.policy_id))
-        .where(
-            policy_lineages.c.lineage_id == lineage_id,
-            tls_policies.c.mode == "auto",
-            tls_policies.c.paused_at.is_(None),
-        )
-    )
+    query = select(1).where(policy_lineages.c.lineage_id == lineage_id, *_WANTING)
     return tx.execute(query.limit(1)).first() is not None
 
 
@@ -253,10 +256,6 @@ def record_status(tx: Connection, lineage_id: str, status: str, now: datetime) -
 def having_certificate(tx: Connection, certificate_id: str) -> str | None:
     """Return the lineage whose certificate this is, or was when the row was deleted by another program."""
     return tx.execute(select(lineages.c.id).where(lineages.c.certificate_id == certificate_id)).scalar()
-
-
-def _pages(ids: list[str], size: int = 500) -> list[list[str]]:
-    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ARRAY, Connection, Text, delete, exists, func, insert, select, type_coerce, update
+from sqlalchemy import Connection, Text, delete, exists, func, insert, select, type_coerce, update
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from certworker.store import audit
-from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.rows import columns_of, new_id, pages, to_value
 from certworker.store.tables import certificates, lineages, policy_lineages, tls_policies
 
 
@@ -128,10 +129,11 @@ def _manual_status(tx: Connection, policy: Policy) -> str:
     if policy.refused_names:
         return "error"
     names = [name for name in policy.domains if isinstance(name, str)]
-    rows = tx.execute(select(certificates.c.domain, certificates.c.status).where(certificates.c.domain.in_(names)))
     found: dict[str, set[str]] = {}
-    for domain, status in rows:
-        found.setdefault(domain, set()).add(status)
+    for page in pages(names):
+        query = select(certificates.c.domain, certificates.c.status).where(certificates.c.domain.in_(page))
+        for domain, status in tx.execute(query):
+            found.setdefault(domain, set()).add(status)
     lacking = [found.get(name, set()) for name in names if "active" not in found.get(name, set())]
     if any(lacking):
         return "error"

@@ -48,3 +48,8 @@ def put_row(tx: Connection, table: Table, **values: Any) -> None:
 
 def _insert(tx: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
     return sqlite.insert(table) if tx.dialect.name == "sqlite" else postgresql.insert(table)
+
+
+def pages(ids: list[str], size: int = 500) -> list[list[str]]:
+    """Return `ids` in parts that one statement can name."""
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
