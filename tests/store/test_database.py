@@ -1,6 +1,7 @@
 """`write` and `read`: what is committed when, who waits for whom, and what an error says."""
 
 import ast
+import sqlite3
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,23 @@ def test_two_processes_write_at_once(db: Database, twin: Database) -> None:
         list(threads.map(work, [db, twin, db, twin]))
 
     assert db.read(lambda tx: counters.value(tx, counters.REVISION)) == 40
+
+
+def test_a_write_takes_its_turn_before_it_reads(sqlite_db: Database) -> None:
+    """Nobody else can begin one until it is committed, so that what it read still holds when it writes."""
+    refused = []
+
+    def write(tx: Connection) -> None:
+        settings_kv.find(tx, "k")
+        other = sqlite3.connect(str(sqlite_db.engine.url.database), timeout=0, isolation_level=None)
+        with pytest.raises(sqlite3.OperationalError, match="database is locked") as caught:
+            other.execute("BEGIN IMMEDIATE")
+        refused.append(caught.value)
+        other.close()
+
+    sqlite_db.write(write)
+
+    assert len(refused) == 1
 
 
 def test_a_deferred_transaction_would_fail(sqlite_db: Database, twin_sqlite: Database) -> None:
