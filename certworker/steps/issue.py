@@ -87,6 +87,7 @@ def advance(bench: Bench, session: Session) -> None:
     Raises LeaseLost when another worker owns it, StoreError when the database cannot be written.
     """
     session.wait_until = None
+    before = session.issuance
     action = next_action(State(session.issuance.state), session.order)
     try:
         _ACTS[action](bench, session)
@@ -94,7 +95,8 @@ def advance(bench: Bench, session: Session) -> None:
         _refuse_chain(bench, session, classify(error, Endpoint.CERTIFICATE))
     except CaError as error:
         _record_trouble(bench, session, classify(error, _ENDPOINTS.get(action, Endpoint.ORDER)))
-    bench.moved(session)
+    if session.issuance is not before:
+        bench.moved(session)
 
 
 # -- actions, in the order of a life ------------------------------------------------------------------

@@ -46,18 +46,6 @@ def reconcile(db: Database, clock: Clock, wanted: Wanted, sealer: Sealer) -> int
             return looked_at
 
 
-def settle(tx: Connection, lineage_id: str, now: datetime) -> None:
-    """Give a lineage its place in the scan: due when it is wanted, out of it when it is not."""
-    lineage = lineages.lock(tx, lineage_id)
-    if lineage is None:
-        return
-    if not lineages.is_wanted(tx, lineage_id):
-        lineages.set_next_check(tx, lineage_id, None, now)
-        issuances.cancel_unclaimed(tx, lineage_id, now)
-    elif lineage.next_check_at is None:
-        lineages.set_next_check(tx, lineage_id, now, now)
-
-
 def refused_names(policy: Policy, wanted: Wanted) -> tuple[list[str], list[dict[str, str]]]:
     """Return the names of a policy that can be ordered, and the others with the rule they break."""
     accepted: dict[str, None] = {}
@@ -91,11 +79,16 @@ def _take_policy(tx: Connection, policy_id: str, wanted: Wanted, now: datetime) 
     elif policy is not None:
         policies.record_refused(tx, policy_id, [], now)
     groups = [names] if names and policy is not None and policy.shared else [[name] for name in names]
-    wanted_ids = [lineages.find_or_add(tx, group, wanted.issuer, now) for group in groups]
+    wanted_ids = lineages.find_or_add_all(tx, groups, wanted.issuer, now)
     changed = lineages.link(tx, policy_id, wanted_ids)
-    for lineage_id in sorted({*wanted_ids, *changed}):
-        settle(tx, lineage_id, now)
+    _settle(tx, sorted({*wanted_ids, *changed}), now)
     policies.refresh_status(tx, policy_id, now)
+
+
+def _settle(tx: Connection, lineage_ids: list[str], now: datetime) -> None:
+    """Give lineages their place in the scan, and let go of what was queued for those nobody wants any more."""
+    for lineage_id in lineages.place(tx, lineage_ids, now):
+        issuances.cancel_unclaimed(tx, lineage_id, now)
 
 
 def _take_certificates(tx: Connection, sealer: Sealer, now: datetime) -> int:
@@ -113,7 +106,7 @@ def _take_certificate(tx: Connection, certificate_id: str, sealer: Sealer, now: 
         if lineage_id is not None:
             lineages.forget_certificate(tx, lineage_id, now)
             lineages.set_next_check(tx, lineage_id, now, now)
-            settle(tx, lineage_id, now)
+            _settle(tx, [lineage_id], now)
         return
     place = {"table": "certificates", "column": "key_pem", "row_id": certificate_id}
     try:

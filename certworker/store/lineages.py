@@ -9,7 +9,7 @@ from sqlalchemy import Connection, delete, exists, insert, select, update
 from certworker.core.certificate import Validity
 from certworker.core.names import names_hash
 from certworker.store import policies
-from certworker.store.rows import columns_of, insert_new, new_id, pages, to_value
+from certworker.store.rows import columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import certificates, lineage_names, lineages, policy_lineages, tls_policies
 
 _WANTING = (
@@ -78,18 +78,44 @@ def lock(tx: Connection, lineage_id: str) -> Lineage | None:
 
 def find_or_add(tx: Connection, names: list[str], issuer: Issuer, now: datetime) -> str:
     """Return the id of the lineage for exactly these names and issuer, made if it is not there."""
-    identity = {"names_hash": names_hash(names), "directory_url": issuer.directory_url,
-                "profile": issuer.profile, "key_type": issuer.key_type}  # fmt: skip
-    query = select(lineages.c.id).where(*(lineages.c[column] == value for column, value in identity.items()))
-    found = tx.execute(query).scalar()
-    if found is not None:
-        return str(found)
-    lineage_id = new_id()
-    ordered = sorted(set(names))
-    if not insert_new(tx, lineages, id=lineage_id, dns_names=ordered, created_at=now, updated_at=now, **identity):
-        return str(tx.execute(query).scalar_one())  # another worker has just added it
-    tx.execute(insert(lineage_names), [{"dns_name": name, "lineage_id": lineage_id} for name in ordered])
-    return lineage_id
+    return find_or_add_all(tx, [names], issuer, now)[0]
+
+
+def find_or_add_all(tx: Connection, groups: list[list[str]], issuer: Issuer, now: datetime) -> list[str]:
+    """Return the ids of the lineages for these sets of names, in their order; those missing are made."""
+    by_hash = {names_hash(names): sorted(set(names)) for names in groups}
+    found = _ids_by_hash(tx, list(by_hash), issuer)
+    for page in pages(sorted(set(by_hash) - set(found))):
+        _add(tx, {key: by_hash[key] for key in page}, issuer, now)
+        found |= _ids_by_hash(tx, page, issuer)
+    return [found[names_hash(names)] for names in groups]
+
+
+def _ids_by_hash(tx: Connection, hashes: list[str], issuer: Issuer) -> dict[str, str]:
+    made_by = (
+        lineages.c.directory_url == issuer.directory_url,
+        lineages.c.profile == issuer.profile,
+        lineages.c.key_type == issuer.key_type,
+    )
+    found: dict[str, str] = {}
+    for page in pages(hashes):
+        query = select(lineages.c.names_hash, lineages.c.id).where(lineages.c.names_hash.in_(page), *made_by)
+        found |= {row[0]: row[1] for row in tx.execute(query)}
+    return found
+
+
+def _add(tx: Connection, by_hash: dict[str, list[str]], issuer: Issuer, now: datetime) -> None:
+    """Insert these, leaving out what another worker has just added."""
+    made_by = {"directory_url": issuer.directory_url, "profile": issuer.profile, "key_type": issuer.key_type}
+    times = {"created_at": now, "updated_at": now}
+    rows = [{"id": new_id(), "names_hash": key, "dns_names": names} for key, names in by_hash.items()]
+    insert_new_all(tx, lineages, [{**row, **made_by, **times} for row in rows])
+    added = set(_ids_by_hash(tx, list(by_hash), issuer).values())
+    listed = [
+        {"dns_name": name, "lineage_id": row["id"]} for row in rows if row["id"] in added for name in row["dns_names"]
+    ]
+    if listed:
+        tx.execute(insert(lineage_names), listed)
 
 
 def naming(tx: Connection, dns_name: str) -> list[Lineage]:
@@ -176,6 +202,25 @@ def peek_due(tx: Connection, now: datetime) -> list[Lineage]:
     """Return what the scan would look at by `now`, changing and locking nothing."""
     query = select(*columns_of(Lineage, lineages)).where(lineages.c.next_check_at <= now)
     return [to_value(Lineage, row) for row in tx.execute(query.order_by(lineages.c.next_check_at))]
+
+
+def place(tx: Connection, ids: list[str], now: datetime) -> list[str]:
+    """Give lineages their place in the scan: due now when newly wanted, out of it when not; return the unwanted."""
+    unwanted: list[str] = []
+    for page in pages(ids):
+        query = select(policy_lineages.c.lineage_id).where(policy_lineages.c.lineage_id.in_(page), *_WANTING)
+        wanted = set(tx.execute(query.distinct()).scalars())
+        gone = [lineage_id for lineage_id in page if lineage_id not in wanted]
+        _set_next_check(tx, sorted(wanted), now, now)
+        _set_next_check(tx, gone, None, now)
+        unwanted += gone
+    return unwanted
+
+
+def _set_next_check(tx: Connection, ids: list[str], at: datetime | None, now: datetime) -> None:
+    row = update(lineages).where(lineages.c.id.in_(ids))
+    misplaced = lineages.c.next_check_at.is_(None) if at is not None else lineages.c.next_check_at.is_not(None)
+    tx.execute(row.where(misplaced).values(next_check_at=at, updated_at=now))
 
 
 def set_next_check(tx: Connection, lineage_id: str, at: datetime | None, now: datetime) -> None:

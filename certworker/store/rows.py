@@ -39,6 +39,11 @@ def insert_new(tx: Connection, table: Table, **values: Any) -> bool:
     return tx.execute(row.returning(*table.primary_key)).first() is not None
 
 
+def insert_new_all(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+    """The same for many rows at once, without saying which were inserted."""
+    tx.execute(_insert(tx, table).on_conflict_do_nothing(), rows)
+
+
 def put_row(tx: Connection, table: Table, **values: Any) -> None:
     """Insert a row, or let it take the place of the one with the same primary key."""
     tx.execute(
