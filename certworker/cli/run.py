@@ -2,7 +2,9 @@
 
 import resource
 import signal
-import threading
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -21,24 +23,36 @@ def run(ctx: click.Context) -> int:
     settings = settings_of(ctx)
     start_logging(settings)
     _set_limits()
-    asked = threading.Event()
-    interrupted: list[int] = []
+    with stop_signal() as await_signal:
+        app = wiring.open_app(settings)
+        try:
+            service = Service(app)
+            service.start()
+            number = await_signal()
+            service.stop()
+        finally:
+            app.close()
+    return 130 if number == signal.SIGINT else 0
 
-    def stop(number: int, _frame: object) -> None:
-        interrupted.append(number)
-        asked.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    app = wiring.open_app(settings)
-    try:
-        service = Service(app)
-        service.start()
-        asked.wait()
-        service.stop()
-    finally:
-        app.close()
-    return 130 if interrupted and interrupted[0] == signal.SIGINT else 0
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], int]]:
+    """Give a function that waits for SIGTERM or SIGINT and returns its number, also of one that came before.
+
+    The interpreter writes the number into a socket. A Python handler that sets an Event would be too late
+    for a signal that comes just before the main thread falls asleep in `wait`: it would sleep on.
+    """
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.set_wakeup_fd(writer.fileno())
+        try:
+            yield lambda: reader.recv(1)[0]
+        finally:
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _set_limits() -> None:
