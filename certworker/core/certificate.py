@@ -121,7 +121,7 @@ def _read_blocks(chain_pem: str) -> list[x509.Certificate]:
         raise ChainRefused("the chain holds text outside its certificates")
     try:
         return x509.load_pem_x509_certificates(chain_pem.encode())
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise ChainRefused("a certificate of the chain cannot be read") from None
 
 

@@ -29,7 +29,7 @@ def render_pair(certificate: NodeCertificate) -> bytes:
     try:
         chain = x509.load_pem_x509_certificates(certificate.chain_pem.encode())
         key = load_pem_private_key(certificate.key_pem.encode(), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
         # The exception's text may quote what it could not read.
         raise _refusal(certificate, "chain or key cannot be read") from None
     leaf = chain[0]

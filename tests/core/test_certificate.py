@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import NameOID
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from certworker.core.certificate import (
@@ -215,17 +216,15 @@ def test_garbage_is_refused(text: str) -> None:
         check(text)
 
 
+@settings(max_examples=400)
+@example(at=11, bit=0)  # a version that X.509 does not know
 @given(at=st.integers(0, len(LEAF.public_bytes(Encoding.DER)) - 1), bit=st.integers(0, 7))
 def test_no_flipped_bit_passes_with_its_issuer(at: int, bit: int) -> None:
     """A leaf that differs anywhere is not signed by its issuer any more, or cannot be read."""
     der = bytearray(LEAF.public_bytes(Encoding.DER))
     der[at] ^= 1 << bit
-    try:
-        text = pem(x509.load_der_x509_certificate(bytes(der)), ISSUER)
-    except ValueError:
-        return
     with pytest.raises(ChainRefused):
-        check(text)
+        check(ssl.DER_cert_to_PEM_cert(bytes(der)) + pem(ISSUER))
 
 
 # -- a certificate and its key -------------------------------------------------------------------------
