@@ -3,6 +3,8 @@
 import json
 import sys
 import tomllib
+from collections.abc import Hashable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from certworker import wiring
 from certworker.cli.main import settings_of
 from certworker.cli.output import json_option, print_json
 from certworker.core.document import complete
-from certworker.core.gateway import build
+from certworker.core.gateway import build, show
 from certworker.errors import InputError
 from certworker.store import audit, gateway
 from certworker.store.database import Transaction
@@ -62,15 +64,20 @@ def export(ctx: click.Context, file: Path | None, form: str | None) -> None:
     text = _print(document, form or _form_of(file))
     if file is None:
         sys.stdout.write(text)
-    else:
-        file.write_text(text)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}") from None
 
 
 def _apply(tx: Transaction, app: App, document: dict[str, Any]) -> dict[str, int]:
     rows = complete(document, gateway.export(tx), new_id, private_ca=app.settings.acme_private_ca)
     now = app.clock()
+    # What another program wrote wrong must not keep a person from mending something else.
+    known = set(build(gateway.read(tx), app.defaults).faults)
     changed = gateway.replace(tx, rows, now)
-    faults = build(gateway.read(tx), app.defaults).faults
+    faults = [fault for fault in build(gateway.read(tx), app.defaults).faults if fault not in known]
     if faults:
         raise InputError("; ".join(str(fault) for fault in faults[:5]))  # rolls the transaction back
     if any(changed.values()):
@@ -80,15 +87,20 @@ def _apply(tx: Transaction, app: App, document: dict[str, Any]) -> dict[str, int
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = sys.stdin.read(_LARGEST + 1) if str(file) == "-" else file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file}: {error}") from None
+        with nullcontext(sys.stdin) if str(file) == "-" else file.open(encoding="utf-8") as source:
+            content = source.read(_LARGEST + 1)
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"cannot read {file}: it is not UTF-8 text") from None
     if len(content) > _LARGEST:
-        raise InputError(f"{file}: is larger than {_LARGEST} bytes")
+        raise InputError(f"{file}: has more than {_LARGEST} characters")
     form = _form_of(file)
     try:
         document = _parse(content, form)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise InputError(f"{file}: is nested too deep") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{file}: is not {form.upper()}: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise InputError(f"{file}: must hold tables by name")
@@ -100,9 +112,35 @@ def _parse(content: str, form: str) -> Any:
         case "toml":
             return tomllib.loads(content)
         case "yaml":
-            return yaml.safe_load(content)
+            return yaml.load(content, _Yaml)  # noqa: S506 - a SafeLoader
         case _:
-            return json.loads(content)
+            return json.loads(content, object_pairs_hook=_object)
+
+
+def _object(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Refuse a key that is given twice: the first table of that name would be lost without a word."""
+    made: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"{show(key)} is given twice")
+        made[key] = value
+    return made
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML without what only surprises: repeated keys, and aliases, which can blow up."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases are not read")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if any(not isinstance(key, Hashable) for key in keys):
+            raise ValueError("a key must be text")
+        _object((key, None) for key in keys)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _form_of(file: Path | None) -> str:

@@ -74,8 +74,11 @@ def run(arguments: list[str]) -> int:
         result = cli.main(arguments, prog_name="certworker", standalone_mode=False)
     except click.exceptions.Exit as done:
         return done.exit_code
+    except click.exceptions.NoArgsIsHelpError as asked:
+        asked.show()
+        return 2
     except click.ClickException as error:
-        error.show()
+        click.echo(f"certworker: {_one_line(error)}", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt):
         return 130
@@ -86,3 +89,11 @@ def run(arguments: list[str]) -> int:
         sys.stderr.close()
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _one_line(error: click.ClickException) -> str:
+    """Return what click says in three lines as one."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = "certworker" if context is None else context.command_path
+    return f"{said[:1].lower()}{said[1:]}; see `{command} --help`"

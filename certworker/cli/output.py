@@ -36,5 +36,10 @@ def show(cell: object) -> str:
     return str(cell)
 
 
+def count(number: int, one: str, many: str = "") -> str:
+    """Return for example `1 node` or `2 nodes`."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def _plain(value: Any) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)

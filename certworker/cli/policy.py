@@ -6,9 +6,9 @@ import click
 
 from certworker import wiring
 from certworker.cli.main import settings_of
-from certworker.cli.output import json_option, print_json, print_table
-from certworker.core.names import check_names
-from certworker.errors import InputError
+from certworker.cli.output import count, json_option, print_json, print_table
+from certworker.core.names import check_name, check_names
+from certworker.errors import InputError, NameRefused
 from certworker.store import audit, lineages, policies
 from certworker.store.database import Transaction
 from certworker.store.policies import Policy
@@ -60,7 +60,7 @@ def list_(ctx: click.Context, as_json: bool) -> None:
         print_json([_document(one) for one in found])
     else:
         rows = [(one.id, one.mode, _status(one), [str(name) for name in one.domains]) for one in found]
-        print_table(f"{len(found)} policies", ("id", "mode", "status", "names"), rows)
+        print_table(count(len(found), "policy", "policies"), ("id", "mode", "status", "names"), rows)
 
 
 @policy.command()
@@ -150,13 +150,21 @@ def _get(tx: Transaction, key: str) -> Policy:
     one = policies.find(tx, key.lower()) if _is_id(key) else None
     if one is not None:
         return one
-    found = policies.wanting(tx, key.lower())
+    found = policies.wanting(tx, _as_stored(key))
     if len(found) > 1:
         raise InputError(f"policy {key!r}: {len(found)} policies want this name, give an id: "
                          + ", ".join(one.id for one in found))  # fmt: skip
     if not found:
         raise InputError(f"policy {key!r}: there is none with this id or name; see `certworker policy list`")
     return found[0]
+
+
+def _as_stored(key: str) -> str:
+    """Return a name as it is stored; one that is none may still be what another program wrote."""
+    try:
+        return check_name(key, private_ca=True, wildcard=True)
+    except NameRefused:
+        return key
 
 
 def _is_id(key: str) -> bool:

@@ -1,12 +1,15 @@
 """`init` and `db`: from nothing to a database that fits, and from an old one to a new one."""
 
+from pathlib import Path
+
 import click
 
 from certworker import wiring
 from certworker.cli.main import settings_of
 from certworker.cli.output import json_option, print_json
 from certworker.clock import system_clock
-from certworker.errors import SchemaError
+from certworker.errors import SettingsError
+from certworker.settings import Settings
 from certworker.store import schema
 from certworker.store.database import open_database, schema_revision, sqlite_path
 from certworker.store.role import WorkerRole
@@ -33,9 +36,7 @@ def db() -> None:
 def upgrade(ctx: click.Context) -> None:
     """Bring the schema up to date. On SQLite no worker may run meanwhile."""
     settings = settings_of(ctx)
-    path = sqlite_path(settings.database_url)
-    if path is not None and not path.exists():
-        raise SchemaError(f"there is no database {path} yet: run `certworker init`")
+    path = _existing(settings)
     role = None if path is None else WorkerRole.take(path, system_clock())
     database = open_database(settings.database_url)
     try:
@@ -53,9 +54,7 @@ def upgrade(ctx: click.Context) -> None:
 def check(ctx: click.Context, as_json: bool) -> int:
     """Say whether the schema is the one this release works with."""
     settings = settings_of(ctx)
-    path = sqlite_path(settings.database_url)
-    if path is not None and not path.exists():
-        raise SchemaError(f"there is no database {path} yet: run `certworker init`")
+    _existing(settings)
     database = open_database(settings.database_url)
     try:
         differences = schema.differences(database)
@@ -67,3 +66,11 @@ def check(ctx: click.Context, as_json: bool) -> int:
     else:
         click.echo(f"schema {revision} fits" if not differences else "\n".join(differences))
     return 1 if differences else 0
+
+
+def _existing(settings: Settings) -> Path | None:
+    """Return the database's file, None on PostgreSQL; what is not there is not made by the way."""
+    path = sqlite_path(settings.database_url)
+    if path is not None and not path.exists():
+        raise SettingsError(f"there is no database {path} yet: run `certworker init`, or check DATA_DIR")
+    return path

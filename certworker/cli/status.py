@@ -7,7 +7,7 @@ import click
 
 from certworker import wiring
 from certworker.cli.main import settings_of
-from certworker.cli.output import json_option, print_json, print_table
+from certworker.cli.output import count, json_option, print_json, print_table
 from certworker.core.names import check_name
 from certworker.errors import UnknownName
 from certworker.steps.publish import FAULTS
@@ -77,7 +77,7 @@ def _lineage(row: dict[str, Any], lacking: list[str]) -> dict[str, Any]:
 
 def _print(document: dict[str, Any]) -> None:
     rows = [(p["names"], p["mode"], p["status"] + (" (paused)" if p["paused"] else "")) for p in document["policies"]]
-    print_table(f"{len(rows)} policies", ("names", "mode", "status"), rows)
+    print_table(count(len(rows), "policy", "policies"), ("names", "mode", "status"), rows)
     for policy in document["policies"]:
         for refused in policy["refused_names"]:
             click.echo(f"  refused {refused['value']!r}: {refused['rule']}")
@@ -87,7 +87,9 @@ def _print(document: dict[str, Any]) -> None:
          _served(x, document["nodes"]))
         for x in document["lineages"]
     ]  # fmt: skip
-    print_table(f"{len(lines)} certificates wanted", ("names", "status", "expires", "renewal", "served"), lines)
+    print_table(
+        count(len(lines), "certificate") + " wanted", ("names", "status", "expires", "renewal", "served"), lines
+    )
     for lineage in document["lineages"]:
         if lineage["error"]:
             _print_error(lineage)
@@ -98,7 +100,7 @@ def _print(document: dict[str, Any]) -> None:
             (n["node_id"], "yes" if n["live"] else "no", n["revision"], n["heartbeat_at"], n["error"])
             for n in document["nodes"]
         ]
-        print_table(f"{len(cells)} nodes", heads, cells)
+        print_table(count(len(cells), "node"), heads, cells)
     for fault in document["publish_faults"]:
         click.echo(f"not published: {fault}")
 

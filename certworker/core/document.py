@@ -107,6 +107,7 @@ def complete(document: Mapping[Any, object], held: Tables, new_id: Callable[[], 
                 _check_domains(number, row, private_ca)
         _identify(name, shape, rows, held.get(name, []), new_id)
         tables[name] = rows
+    _check_left_alone(tables, held)
     return tables
 
 
@@ -153,8 +154,8 @@ def _check_type(where: str, column: str, value: object, types: tuple[type, ...])
         _check_text(shown, value)
     if isinstance(value, dict):
         _check_json(shown, value)
-    if column == "id":
-        _check_id(where, str(value))
+    if column in ("id", "tls_policy_id") and value is not None:
+        _check_id(where, column, str(value))
 
 
 def _check_text(shown: str, value: str) -> None:
@@ -186,13 +187,13 @@ def _check_json(shown: str, value: object, depth: int = 0) -> None:
             raise InputError(f"{shown}: {show(value)} is nothing that JSON knows")
 
 
-def _check_id(where: str, value: str) -> None:
+def _check_id(where: str, column: str, value: str) -> None:
     try:
         fits = str(UUID(value)) == value
     except ValueError:
         fits = False
     if not fits:
-        raise InputError(f"{where}: id {show(value)}: must be a UUID in lower case with dashes")
+        raise InputError(f"{where}: {column} {show(value)}: must be a UUID in lower case with dashes")
 
 
 def _resolve(name: str, number: int, row: Row, known: Tables) -> None:
@@ -203,6 +204,19 @@ def _resolve(name: str, number: int, row: Row, known: Tables) -> None:
             trouble = "there is none" if not named else f"{len(named)} have this name, give an id"
             raise InputError(f"{name} {number}: {column} {show(row[column])}: must name one of {table}; {trouble}")
         row[column] = named[0]["id"]
+
+
+def _check_left_alone(tables: Tables, held: Tables) -> None:
+    """Refuse to remove what a row of a table that is not named still refers to."""
+    for name, shape in _SHAPES.items():
+        for column, target in shape.refers.items():
+            if name in tables or target not in tables:
+                continue
+            kept = {row["id"] for row in tables[target]}
+            for row in held.get(name, []):
+                if row[column] not in kept:
+                    raise InputError(f"{target}: {row[column]} is left out, but {name} {row['id']} still names it: "
+                                     f"keep it, or give {name} too")  # fmt: skip
 
 
 def _check_domains(number: int, row: Row, private_ca: bool) -> None:

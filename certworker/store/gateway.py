@@ -46,9 +46,10 @@ def export(tx: Connection) -> dict[str, list[dict[str, Any]]]:
     """Return every table as rows of the columns a document may set, ordered by id."""
     document = {}
     for table in APPLIED:
-        columns = [table.c[name] for name in APPLIED_COLUMNS[table.name]]
-        rows = tx.execute(select(*columns).order_by(table.c.id))
-        document[table.name] = [dict(row._mapping) for row in rows]
+        names = APPLIED_COLUMNS[table.name]
+        rows = tx.execute(select(*(table.c[name] for name in names)).order_by(table.c.id))
+        # Plain text as keys: SQLAlchemy's own names are text of a kind that YAML does not print.
+        document[str(table.name)] = [dict(zip(names, row, strict=True)) for row in rows]
     return document
 
 

@@ -96,6 +96,17 @@ def test_a_reference_means_the_document_before_the_database() -> None:
         read({"upstream_pools": [{"name": "new"}], "upstream_targets": [TARGET]}, held)
 
 
+def test_what_is_still_named_cannot_be_left_out() -> None:
+    """Both tables are named, or the one that is named keeps what the other refers to."""
+    held = read(WHOLE)
+    with pytest.raises(InputError, match=rf"upstream_pools: {uuid(1)} is left out, but upstream_targets {uuid(2)}"):
+        read({"upstream_pools": []}, held)
+    with pytest.raises(InputError, match=rf"listeners: {uuid(4)} is left out, but routes {uuid(5)} still names it"):
+        read({"listeners": []}, held)
+
+    assert read({"listeners": [], "routes": []}, held) == {"listeners": [], "routes": []}
+
+
 def test_rows_with_ids_may_look_the_same_where_the_database_allows_it() -> None:
     """Two targets with one address are what another program may have written; an export must be applicable."""
     rows = read({"upstream_pools": [POOL], "upstream_targets": [{**TARGET, "id": uuid(8)}, {**TARGET, "id": uuid(9)}]})
@@ -129,6 +140,7 @@ def doc(**tables: Any) -> dict[Any, Any]:
         (doc(listeners=[{**LISTENER, "name": "a\0"}]), r"listeners 1: name 'a\x00': holds a character"),
         (doc(listeners=[{**LISTENER, "name": "\ud800"}]), r"listeners 1: name '\ud800': holds a character"),
         (doc(listeners=[{**LISTENER, "id": "7"}]), "listeners 1: id '7': must be a UUID in lower case with dashes"),
+        (doc(listeners=[{**LISTENER, "tls_policy_id": "a"}]), "listeners 1: tls_policy_id 'a': must be a UUID"),
         (doc(listeners=[{**LISTENER, "id": uuid(1).replace("-", "")}]), "must be a UUID in lower case with dashes"),
         (doc(listeners=[LISTENER, {**LISTENER, "name": "b"}]), "listeners 2: is the same row as listeners 1"),
         (
