@@ -13,6 +13,7 @@ from certworker.cli.demo.stage import DRAIN_LIMIT, Stage
 from certworker.errors import CertworkerError
 from certworker.node.runtime import RuntimeSocket
 
+_NAP = 0.5
 _WORKER = re.compile(r"^(\d+)\s+worker\s", re.MULTILINE)
 
 
@@ -40,7 +41,10 @@ class RunningService:
         """Give every event from `position` on as it comes; CertworkerError after `limit` seconds, or at the end."""
         give_up_at = time.monotonic() + limit
         while True:
-            if not self._await_event(position, give_up_at - time.monotonic()):
+            # In short naps: a Ctrl-C that comes just before a long one would be seen only after it.
+            while not self._await_event(position, _NAP) and not self._over and time.monotonic() < give_up_at:
+                pass
+            if len(self._events) <= position:
                 why = "ended" if self._over else f"is not as far as it should be after {limit:.0f} s"
                 raise CertworkerError(f"the service {why}: {self.last_words()}")
             yield self._events[position]
@@ -68,7 +72,7 @@ class RunningService:
 
     def _await_event(self, position: int, limit: float) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._over or len(self._events) > position, max(limit, 0))
+            self._changed.wait_for(lambda: self._over or len(self._events) > position, limit)
             return len(self._events) > position
 
     def _read(self) -> None:

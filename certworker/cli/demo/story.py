@@ -1,6 +1,5 @@
 """The demo, act by act. Each act shows something or raises CertworkerError, which ends it with exit code 1."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -227,7 +226,8 @@ def _keep(screen: Screen, stage: Stage) -> None:
     for arguments in looks:
         screen.command(f"{Path(sys.executable).with_name('certworker')} {arguments}")
     with suppress(KeyboardInterrupt):  # the wish of whoever said --keep, not an accident
-        signal.pause()
+        while True:
+            time.sleep(0.5)
 
 
 def _drain(screen: Screen, service: RunningService) -> float:
