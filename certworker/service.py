@@ -180,7 +180,7 @@ class Service:
         if row.error is not None:
             fields |= {"class": row.error["class"], "detail": row.error["detail"], "retry_at": row.error["retry_at"]}
             _log.warning("issuance.trouble", extra=fields)
-        elif session.wait_until is None:
+        else:
             _log.info(f"issuance.{row.state}", extra=fields)
         if row.state == State.DONE and self._node is not None:
             self._node.poke()

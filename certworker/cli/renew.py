@@ -51,7 +51,7 @@ class _Progress:
 
     def moved(self, session: Session) -> None:
         row = session.issuance
-        if not self._shown or (session.wait_until is not None and row.error is None):
+        if not self._shown:
             return
         said = f": {row.error['detail']} (again at {row.error['retry_at']})" if row.error else ""
         self._console.print(f"  {session.lineage.dns_names[0]}  {row.state}{said}")
