@@ -34,7 +34,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 
-
 _LONGEST_SHOWN = 300
 """Characters of a refused name in a message: a little more than a name can have."""
 

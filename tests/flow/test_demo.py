@@ -93,7 +93,7 @@ def test_an_interrupt_ends_everything(folder: Path, moment: str, number: signal.
     """Exit code 130, no process, no folder; a second Ctrl-C does not disturb the end."""
     with started(folder) as process:
         assert process.stdout is not None
-        assert any(moment in line for line in process.stdout)
+        assert any(moment in line for line in process.stdout), process.communicate(timeout=_DRAIN_LIMIT)[1]
         process.send_signal(number)
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=_DRAIN_LIMIT)
@@ -112,6 +112,8 @@ def test_keep_stays_up_until_ctrl_c(folder: Path) -> None:
             lines.append(line.strip())
             if "certworker renew" in line and "--force" in line and "/bin/" in line:
                 break
+        else:
+            pytest.fail(f"the demo ended: {process.communicate(timeout=_DRAIN_LIMIT)[1]}")
         curl = next(line.removeprefix("$ ") for line in lines if line.startswith("$ curl"))
         answer = subprocess.run([*curl.split(), "--silent"], capture_output=True, text=True, timeout=20, check=True)
         settings = next(line.removeprefix("$ export ") for line in lines if line.startswith("$ export"))
