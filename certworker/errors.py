@@ -156,6 +156,10 @@ class CaError(CertworkerError):
     """The CA could not be asked, or said no."""
 
 
+class AccountGone(CaError):
+    """The account that an order was made with is not in the database any more; nothing was sent."""
+
+
 class ProfileNotOffered(CaError):
     """The CA's directory does not list the profile that was asked for; nothing was sent."""
 

@@ -77,6 +77,7 @@ def renew(
     `watch` is told of every ticket once it has ended. Raises UnknownName before anything is queued.
     """
     deadline = time.monotonic() + timeout.total_seconds()
+    wiring.refuse_other_issuer(app)
     reconcile(app.db, app.clock, app.wanted, app.sealer)
     private = app.settings.acme_private_ca
     asked = request(app.db, app.clock, names, force=force, dry_run=dry_run, private_ca=private)
@@ -160,8 +161,9 @@ class _Wait:
         self._stack.callback(responder.stop)
         agent = wiring.make_agent(app)
         if agent is not None:
-            publish(app.db, app.clock, app.defaults)
-            self._node = EmbeddedNode(agent)
+            if app.settings.auto_publish == "on":
+                publish(app.db, app.clock, app.defaults)
+            self._node = EmbeddedNode(agent, self._wake.set)
             self._stack.callback(self._node.stop, as_found=True)
             self._node.start()
         self._stack.callback(crew.stop)

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from certworker import wiring
 from certworker.api.server import ApiServer
 from certworker.core.issuance import State
+from certworker.core.rollout import Cursor
 from certworker.errors import CertworkerError
 from certworker.node.agent import Agent
 from certworker.scheduler import Job, Timetable
@@ -56,7 +57,7 @@ class Service:
             self._bench = wiring.make_bench(app, self._moved)
             self._crew = Crew(self._bench, self._worker_id, app.settings.concurrency)
             self._responder = wiring.make_responder(app, self._crew.fetched)
-            self._node = EmbeddedNode(agent) if (agent := wiring.make_agent(app)) is not None else None
+            self._node = EmbeddedNode(agent, self._verify) if (agent := wiring.make_agent(app)) is not None else None
             self._timetable = Timetable(self._jobs())
             self._api = ApiServer(app.settings.api_listen, self, app.settings.scan_interval)
         except BaseException:
@@ -198,8 +199,11 @@ class Service:
 class EmbeddedNode:
     """The agent of this machine's proxy, in a thread of its own."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, proved: Callable[[], object]) -> None:
+        """Run `agent`; `proved` is called when it has proved certificates that it had not before."""
         self._agent = agent
+        self._proved = proved
+        self._cursor: Cursor | None = None
         self._wake = threading.Event()
         self._stopping = False
         self._said: str | None = None
@@ -234,7 +238,11 @@ class EmbeddedNode:
 
     def _step(self) -> None:
         try:
-            error = self._agent.step().error
+            heartbeat = self._agent.step()
+            error = heartbeat.error
+            if heartbeat.cursor != self._cursor:
+                self._proved()
+            self._cursor = heartbeat.cursor
         except CertworkerError as fault:
             error = str(fault)
         except Exception as fault:  # noqa: BLE001 - the thread must outlive what it met

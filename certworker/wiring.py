@@ -42,9 +42,17 @@ from certworker.store import (
     policies,
     settings_kv,
     versions,
+    workers,
 )
 from certworker.store.certificates import StoredCertificate
-from certworker.store.database import Database, Transaction, open_database, sqlite_path
+from certworker.store.database import (
+    SCHEMA_REVISION,
+    Database,
+    Transaction,
+    open_database,
+    schema_revision,
+    sqlite_path,
+)
 from certworker.store.lineages import Issuer
 from certworker.store.role import WorkerRole
 from certworker.store.seal import Sealer, make_kek, read_kek
@@ -83,10 +91,14 @@ class App:
         )
 
 
-def initialise(settings: Settings, upgrade: Callable[[Database], tuple[str | None, str | None]]) -> list[str]:
+Upgrade = Callable[[Database], tuple[str | None, str | None]]
+"""`store.schema.upgrade`: returns the revisions before and after. Handed in, because it is slow to import."""
+
+
+def initialise(settings: Settings, upgrade: Upgrade) -> list[str]:
     """Make data folder, database and key-encryption key; return a line for each thing that was made.
 
-    Safe to repeat: what is there stays. `upgrade` migrates (`store.schema`, which is slow to import).
+    Safe to repeat: what is there stays.
     """
     made = []
     if not settings.data_dir.is_dir():
@@ -100,13 +112,25 @@ def initialise(settings: Settings, upgrade: Callable[[Database], tuple[str | Non
             _refuse_new_key_for_old_database(db, kek_file)
             make_kek(kek_file)
             made.append(f"key-encryption key {kek_file}: keep a copy of it apart from the database's backups")
-        before, after = upgrade(db)
-        if before != after:
-            made.append(f"database schema {after}" + (f" (was {before})" if before else ""))
+        made += _upgrade(settings, db, upgrade)
         _check_kek(db, make_sealer(settings))
     finally:
         db.close()
     return made
+
+
+def _upgrade(settings: Settings, db: Database, upgrade: Upgrade) -> list[str]:
+    """Migrate unless there is nothing to do; on SQLite only while no worker runs."""
+    if db.read(schema_revision) == SCHEMA_REVISION:
+        return []
+    path = sqlite_path(settings.database_url)
+    role = None if path is None else WorkerRole.take(path, system_clock())
+    try:
+        before, after = upgrade(db)
+    finally:
+        if role is not None:
+            role.give_up()
+    return [f"database schema {after}" + (f" (was {before})" if before else "")]
 
 
 def open_app(settings: Settings, clock: Clock = system_clock) -> App:
@@ -141,6 +165,19 @@ def take_role(app: App) -> WorkerRole | None:
     """Take the worker role of an embedded database; None for PostgreSQL, which needs none."""
     path = sqlite_path(app.settings.database_url)
     return None if path is None else WorkerRole.take(path, app.clock())
+
+
+def refuse_other_issuer(app: App) -> None:
+    """Raise SettingsError if a live service works with another CA, profile or key type on this database.
+
+    A command whose settings are incomplete would otherwise move every policy to the default CA.
+    """
+    used, ours = app.db.read(lambda tx: settings_kv.find(tx, settings_kv.ISSUER)), app.wanted.fingerprint
+    if used not in (None, ours) and app.db.read(workers.alive):
+        raise SettingsError(
+            f"the service on this database issues from {used}, these settings say {ours}: "
+            "give the command the service's settings, or stop the service to change them"
+        )
 
 
 def make_bench(app: App, moved: Callable[[Session], None]) -> Bench:
@@ -224,18 +261,17 @@ class DatabaseSource:
             chain_pem, key_pem = normalise_pair(certificate.cert_pem, key_pem)
         except (SealError, InputError):
             return None  # reconcile flips it to `error` when the row is noted
+        linked = set(lineages.policy_ids(tx, certificate.lineage_id)) if certificate.lineage_id else set()
         return NodeCertificate(
-            certificate.id, frozenset(_policy_ids(tx, certificate)), tuple(certificate.dns_names or ()), chain_pem,
-            key_pem, certificate.fingerprint or "", certificate.expires_at, certificate.revision or 0,
+            certificate.id, frozenset(linked or _naming_policies(tx, certificate)), tuple(certificate.dns_names or ()),
+            chain_pem, key_pem, certificate.fingerprint or "", certificate.expires_at, certificate.revision or 0,
+            wanted=bool(linked) or certificate.lineage_id is None,
         )  # fmt: skip
 
 
-def _policy_ids(tx: Transaction, certificate: StoredCertificate) -> set[str]:
-    linked = set() if certificate.lineage_id is None else set(lineages.policy_ids(tx, certificate.lineage_id))
-    if certificate.lineage_id is None:
-        for name in certificate.dns_names or ():
-            linked |= {policy.id for policy in policies.wanting(tx, name)}
-    return linked
+def _naming_policies(tx: Transaction, certificate: StoredCertificate) -> set[str]:
+    """Return the policies that name what this certificate is for: it may serve for them until theirs is there."""
+    return {policy.id for name in certificate.dns_names or () for policy in policies.wanting(tx, name)}
 
 
 def _haproxy(settings: Settings) -> Path:

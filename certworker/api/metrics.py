@@ -21,7 +21,7 @@ class Facts(Protocol):
         """Return how many issuances this worker holds."""
 
     def counts(self) -> Mapping[str, Mapping[str, int]]:
-        """Return rows by status: `certificates`, `policies`, `issuances`."""
+        """Return rows by status: `certificates`, `policies`, `open_issuances`."""
 
     def step_errors(self) -> Mapping[str, int]:
         """Return how often each step failed."""

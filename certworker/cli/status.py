@@ -56,7 +56,7 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
         ],
         "lineages": shown_lineages,
         "nodes": [
-            {"node_id": node.node_id, "version_id": node.version_id, "revision": node.revision,
+            {"node_id": node.node_id, "version": node.version, "version_id": node.version_id, "revision": node.revision,
              "heartbeat_at": node.heartbeat_at, "live": node.node_id in live_names, "error": node.error}
             for node in nodes.list_all(tx)
         ],

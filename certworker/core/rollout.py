@@ -35,6 +35,8 @@ class NodeCertificate:
     """SHA-256 of the leaf's DER, 64 lower-case hex digits."""
     expires_at: datetime
     revision: int
+    wanted: bool = True
+    """Whether it is renewed; one that no policy wants any more serves until another one can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +85,31 @@ class Servable(Protocol):
     def dns_names(self) -> tuple[str, ...]: ...
     @property
     def expires_at(self) -> datetime: ...
+    @property
+    def wanted(self) -> bool: ...
 
 
 C = TypeVar("C", bound=Servable)
 
 
 def choose_served(certificates: Iterable[C]) -> dict[str, C]:
-    """Return which certificate answers each SNI name: the later expiry wins, then the smaller id.
+    """Return which certificate answers each SNI name: a wanted one, then the later expiry, then the smaller id.
 
+    (Wanted first, or a change to a CA or profile of shorter life would not be served until the old
+    certificate ends.)
     (Exact before wildcard is the proxy's own rule: each name is a key of its own here.)
     """
     chosen: dict[str, C] = {}
     for certificate in certificates:
         for name in certificate.dns_names:
             rival = chosen.get(name)
-            if rival is None or (certificate.expires_at, rival.id) > (rival.expires_at, certificate.id):
+            if rival is None or _rank(certificate, rival.id) > _rank(rival, certificate.id):
                 chosen[name] = certificate
     return chosen
+
+
+def _rank(one: Servable, rival_id: str) -> tuple[bool, datetime, str]:
+    return one.wanted, one.expires_at, rival_id
 
 
 def assign_names(certificates: Iterable[C], policy_id: str | None) -> dict[str, tuple[str, ...]]:

@@ -131,7 +131,9 @@ class Agent:
                 refused[one.id] = str(refusal)
                 continue
             refused.pop(one.id, None)
-            held[one.id] = HeldCertificate(one.id, one.policy_ids, one.dns_names, one.fingerprint, one.expires_at, file)
+            held[one.id] = HeldCertificate(
+                one.id, one.policy_ids, one.dns_names, one.fingerprint, one.expires_at, one.wanted, file
+            )
         gone = changes.removed
         if changes.complete:
             gone |= {*held, *refused} - {one.id for one in changes.changed}

@@ -22,6 +22,7 @@ class HeldCertificate:
     dns_names: tuple[str, ...]
     fingerprint: str
     expires_at: datetime
+    wanted: bool
     file: str
     """The absolute path of its PEM, named by the content's hash."""
 

@@ -23,8 +23,9 @@ _MOST_THREADS = 16
 """More only wait for each other: the CA's answers are what takes time, and waiting holds no thread."""
 _POLL = timedelta(seconds=1)
 """How often the database is asked for work that nobody announced."""
-_DRAIN = timedelta(seconds=20)
+_DRAIN = timedelta(seconds=12)
 """How long a stop waits for CAs that are validating."""
+_LAST_ACTION = timedelta(seconds=5)
 _AFTER_FETCH = timedelta(milliseconds=100)
 """CAs fetch a token several times; after the last fetch of a burst the CA is asked what it thinks."""
 
@@ -78,8 +79,10 @@ class Crew:
                 self._changed.wait(0.1)
             self._cut.set()
             self._changed.notify_all()
+        # A request to the CA under way has its own time limit; the lease is given back all the same.
+        give_up_at = max(give_up_at, time.monotonic() + _LAST_ACTION.total_seconds())
         for thread in self._threads:
-            thread.join(max(give_up_at - time.monotonic(), 1.0))
+            thread.join(max(give_up_at - time.monotonic(), 0))
         ended = not any(thread.is_alive() for thread in self._threads)
         self._bench.db.write(lambda tx: issuances.free_leases(tx, self._worker_id))
         return ended

@@ -21,7 +21,7 @@ from certworker.core.issuance import Action, State, next_action, to_answer, unpr
 from certworker.core.order import Authorization, AuthorizationStatus, Order
 from certworker.core.renewal import plan_renewal
 from certworker.core.retry import Endpoint, ErrorClass, Failure, classify_order, retry_at
-from certworker.errors import AnswerFault, CaError, ChainRefused
+from certworker.errors import AccountGone, AnswerFault, CaError, ChainRefused
 from certworker.steps.register import Accounts
 from certworker.store import certificates, challenges, issuances, lineages
 from certworker.store.database import Database
@@ -91,6 +91,8 @@ def advance(bench: Bench, session: Session) -> None:
     action = next_action(State(session.issuance.state), session.order)
     try:
         _ACTS[action](bench, session)
+    except AccountGone as error:
+        _fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:account-gone", str(error), _ACCOUNT_GONE))
     except ChainRefused as error:
         _refuse_chain(bench, session, classify(error, Endpoint.CERTIFICATE))
     except CaError as error:
@@ -221,7 +223,8 @@ def _switch(tx: Connection, bench: Bench, session: Session, chain: Chain, key_pe
         renew_at=plan_renewal(chain.leaf.validity, lineage.id), now=now,
     )  # fmt: skip
     sealed = bench.sealer.seal(key_pem, table="certificates", column="key_pem", row_id=certificate_id)
-    certificates.activate(tx, certificate_id, lineage.id, lineage.dns_names[0], chain.pem, sealed, chain.leaf, now)
+    domain = lineages.first_name(tx, lineage)
+    certificates.activate(tx, certificate_id, lineage.id, domain, chain.pem, sealed, chain.leaf, now)
     return closed
 
 
@@ -280,8 +283,8 @@ def _record(bench: Bench, session: Session, state: State, **values: object) -> N
 
 
 def _account(bench: Bench, session: Session) -> Account:
-    assert session.issuance.account_id is not None
-    return bench.accounts.get(session.issuance.account_id)
+    """Return the account the order is made with; AccountGone if another program has deleted it."""
+    return bench.accounts.get(session.issuance.account_id or "")
 
 
 def _fetch_authorizations(bench: Bench, session: Session, account: Account) -> tuple[Authorization, ...]:
@@ -309,6 +312,7 @@ def _check(session: Session, chain_pem: str, now: datetime) -> Chain:
 # -- trouble ------------------------------------------------------------------------------------------
 
 _GOES_ON = (ErrorClass.TRANSIENT, ErrorClass.RATE_LIMITED)
+_ACCOUNT_GONE = "a new order is made with the account that is used now; see acme_accounts"
 _ENDS_ORDER = ("certworker:order-lost", "certworker:order-expired")
 
 
@@ -370,6 +374,7 @@ def describe(failure: Failure, now: datetime, retry_at_: datetime | None) -> dic
     return {
         "class": failure.error_class.value, "type": failure.type, "detail": failure.detail, "hint": failure.hint,
         "at": now.isoformat(), "retry_at": None if retry_at_ is None else retry_at_.isoformat(),
+        "asked_by": None if failure.retry_after is None else "ca",
     }  # fmt: skip
 
 

@@ -33,6 +33,13 @@ class Wanted:
     issuer: Issuer
     private_ca: bool
 
+    @property
+    def fingerprint(self) -> str:
+        """What is remembered of it, to notice a change."""
+        asked = self.issuer
+        kind = "private" if self.private_ca else "public"
+        return f"{asked.directory_url} (profile {asked.profile or 'default'}, {asked.key_type}, {kind} CA)"
+
 
 def reconcile(db: Database, clock: Clock, wanted: Wanted, sealer: Sealer) -> int:
     """Take over everything that was noted; return how many rows were looked at."""
@@ -83,6 +90,7 @@ def _take_policy(tx: Connection, policy_id: str, wanted: Wanted, now: datetime) 
     changed = lineages.link(tx, policy_id, wanted_ids)
     _settle(tx, sorted({*wanted_ids, *changed}), now)
     policies.refresh_status(tx, policy_id, now)
+    certificates.touch(tx, changed)
 
 
 def _settle(tx: Connection, lineage_ids: list[str], now: datetime) -> None:
@@ -140,12 +148,10 @@ def _sweep(db: Database, clock: Clock, wanted: Wanted) -> None:
 
 
 def _sweep_due(tx: Connection, wanted: Wanted, now: datetime) -> bool:
-    asked = wanted.issuer
-    issuer = "|".join([asked.directory_url, asked.profile, asked.key_type, str(wanted.private_ca)])
     last = settings_kv.find(tx, settings_kv.LAST_SWEEP_AT)
     fresh = last is not None and now - datetime.fromisoformat(last) < SWEEP
-    if fresh and settings_kv.find(tx, settings_kv.ISSUER) == issuer:
+    if fresh and settings_kv.find(tx, settings_kv.ISSUER) == wanted.fingerprint:
         return False
-    settings_kv.put(tx, settings_kv.ISSUER, issuer)
+    settings_kv.put(tx, settings_kv.ISSUER, wanted.fingerprint)
     settings_kv.put(tx, settings_kv.LAST_SWEEP_AT, now.isoformat())
     return True

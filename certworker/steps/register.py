@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from certworker.ca.client import Account, Client, ExternalAccount
 from certworker.ca.keys import AccountKey
 from certworker.clock import Clock
-from certworker.errors import TermsNotAgreed
+from certworker.errors import AccountGone, TermsNotAgreed
 from certworker.store import accounts
 from certworker.store.accounts import StoredAccount
 from certworker.store.database import Database
@@ -49,18 +49,25 @@ class Accounts:
             stored = self._find()
             if stored is None:
                 stored = self._add()
+            self._seal(stored)
             if stored.account_url is None:
                 stored = self._register(stored)
             return stored.id, self._open(stored)
 
     def get(self, account_id: str) -> Account:
-        """Return the account that an order was made with."""
+        """Return the account that an order was made with, or raise AccountGone."""
         with self._lock:
             if account_id not in self._opened:
-                stored = self._db.read(lambda tx: accounts.find(tx, account_id))
-                assert stored is not None, "issuances.account_id is a foreign key"
+                stored = self._db.read(lambda tx: accounts.find(tx, account_id)) if account_id else None
+                if stored is None:
+                    raise AccountGone("the account of this order was deleted from acme_accounts")
                 self._open(stored)
             return self._opened[account_id]
+
+    def _seal(self, stored: StoredAccount) -> None:
+        """Seal a key that another program wrote as plain PEM."""
+        if self._sealer.sealing and not stored.sealed:
+            self._db.write(lambda tx: accounts.seal(tx, stored, self._sealer))
 
     def _find(self) -> StoredAccount | None:
         return self._db.read(lambda tx: accounts.find_default(tx, self._registration.directory_url))

@@ -195,7 +195,7 @@ def _request_one(
 
 def _hurry(tx: Connection, issuance: Issuance, now: datetime) -> None:
     """A person asked: do not wait out our own back-off. The CA's wish to wait stands."""
-    if issuance.error is None or issuance.error.get("class") == "transient":
+    if issuance.error is None or issuance.error.get("asked_by") != "ca":
         issuances.bring_forward(tx, issuance.id, now)
 
 

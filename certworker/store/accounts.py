@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, select, update
 
 from certworker.store.rows import columns_of, insert_new, new_id, to_value
-from certworker.store.seal import Sealer
+from certworker.store.seal import Sealer, is_sealed
 from certworker.store.tables import acme_accounts
 
 
@@ -26,6 +26,11 @@ class StoredAccount:
     def account_url(self) -> str | None:
         """None until the CA answered newAccount."""
         return self.credentials_json.get("account_url")
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the key is sealed; another program may have written plain PEM."""
+        return is_sealed(self.credentials_json["key"])
 
     def open_key(self, sealer: Sealer) -> str:
         """Return the account's private key as PEM."""
@@ -76,3 +81,10 @@ def record_registered(tx: Connection, account_id: str, account_url: str, tos_agr
     agreed = tos_agreed_at.isoformat() if tos_agreed_at is not None else account.credentials_json.get("tos_agreed_at")
     credentials = {**account.credentials_json, "account_url": account_url, "tos_agreed_at": agreed}
     tx.execute(update(acme_accounts).where(acme_accounts.c.id == account_id).values(credentials_json=credentials))
+
+
+def seal(tx: Connection, account: StoredAccount, sealer: Sealer) -> None:
+    """Replace a plain key by a sealed one."""
+    place = {"table": "acme_accounts", "column": "credentials_json", "row_id": account.id}
+    credentials = {**account.credentials_json, "key": sealer.seal(account.open_key(sealer), **place)}
+    tx.execute(update(acme_accounts).where(acme_accounts.c.id == account.id).values(credentials_json=credentials))

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from certworker.core.certificate import Leaf
 from certworker.store import audit, counters
-from certworker.store.rows import columns_of, new_id, to_value
+from certworker.store.rows import columns_of, new_id, pages, to_value
 from certworker.store.tables import certificates, removed_certificates
 
 
@@ -98,6 +98,18 @@ def flip(tx: Connection, certificate: StoredCertificate, status: str, reason: st
     revision = counters.next_value(tx, counters.REVISION)
     row = update(certificates).where(certificates.c.id == certificate.id)
     tx.execute(row.values(status=status, revision=revision, updated_at=now))
+
+
+def touch(tx: Connection, lineage_ids: list[str]) -> None:
+    """Give the certificates of these lineages new revisions: who wants them has changed, and nodes have to know."""
+    ids: list[str] = []
+    for page in pages(lineage_ids):
+        ids += tx.execute(select(certificates.c.id).where(certificates.c.lineage_id.in_(page))).scalars()
+    if not ids:
+        return
+    first = counters.next_value(tx, counters.REVISION, len(ids)) - len(ids) + 1
+    for revision, certificate_id in enumerate(sorted(ids), first):
+        tx.execute(update(certificates).where(certificates.c.id == certificate_id).values(revision=revision))
 
 
 def expired(tx: Connection, now: datetime, limit: int) -> list[StoredCertificate]:

@@ -298,6 +298,20 @@ def record_status(tx: Connection, lineage_id: str, status: str, now: datetime) -
         policies.refresh_status(tx, policy_id, now)
 
 
+def first_name(tx: Connection, lineage: Lineage) -> str:
+    """Return the name its certificate is filed under: the first one of the policy that wants it."""
+    if len(lineage.dns_names) == 1:
+        return lineage.dns_names[0]
+    wanted = (
+        select(tls_policies.c.domains)
+        .join(policy_lineages, policy_lineages.c.policy_id == tls_policies.c.id)
+        .where(policy_lineages.c.lineage_id == lineage.id)
+        .order_by(tls_policies.c.created_at, tls_policies.c.id)
+    )
+    listed = [str(name).lower() for domains in tx.execute(wanted).scalars() for name in domains]
+    return next((name for name in listed if name in lineage.dns_names), lineage.dns_names[0])
+
+
 def having_certificate(tx: Connection, certificate_id: str) -> str | None:
     """Return the lineage whose certificate this is, or was when the row was deleted by another program."""
     return tx.execute(select(lineages.c.id).where(lineages.c.certificate_id == certificate_id)).scalar()

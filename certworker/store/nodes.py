@@ -30,6 +30,12 @@ class NodeStatus:
         return revision if isinstance(revision, int) else 0
 
     @property
+    def version(self) -> int | None:
+        """Number of the version it proved to serve."""
+        number = (self.metadata or {}).get("version_number")
+        return number if isinstance(number, int) else None
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         return self._member("fingerprints")
 

@@ -17,6 +17,7 @@ class Leaf:
     policy_ids: frozenset[str]
     dns_names: tuple[str, ...]
     expires_at: datetime
+    wanted: bool = True
 
 
 names = st.sampled_from(["a.test", "b.test", "*.a.test", "c.test"])
@@ -27,6 +28,7 @@ leaves = st.lists(
         policy_ids=st.frozensets(st.sampled_from(["p", "q"])),
         dns_names=st.lists(names, unique=True, max_size=4).map(tuple),
         expires_at=st.integers(0, 3).map(lambda days: NOW + timedelta(days=days)),
+        wanted=st.booleans(),
     ),
     unique_by=lambda leaf: leaf.id,
     max_size=6,
@@ -34,14 +36,14 @@ leaves = st.lists(
 
 
 @given(leaves)
-def test_the_later_expiry_answers(certificates: list[Leaf]) -> None:
-    """Each wanted name has one certificate; no other one for it expires later, or as late with a smaller id."""
+def test_a_wanted_one_with_the_later_expiry_answers(certificates: list[Leaf]) -> None:
+    """Each name has one certificate: a wanted one if there is any, the latest to expire, the smallest id."""
     chosen = choose_served(certificates)
 
     assert chosen.keys() == {name for leaf in certificates for name in leaf.dns_names}
     for name, leaf in chosen.items():
         rivals = [one for one in certificates if name in one.dns_names]
-        assert leaf == min(rivals, key=lambda one: (-one.expires_at.timestamp(), one.id))
+        assert leaf == min(rivals, key=lambda one: (not one.wanted, -one.expires_at.timestamp(), one.id))
 
 
 @given(leaves, st.randoms(use_true_random=False), st.sampled_from([None, "p", "q"]))

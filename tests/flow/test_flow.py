@@ -185,3 +185,29 @@ def test_a_second_service_on_the_same_file_ends_with_3(folder: Path, start_pebbl
         box.run("policy", "add", "more.flow.test")
         assert f"process {process.pid}" in second.stderr
         assert f"process {process.pid}" in upgrade.stderr
+
+
+def test_a_change_to_a_shorter_life_is_served(folder: Path, start_pebble: Callable[..., Pebble]) -> None:
+    """Another profile is another lineage: its certificate serves although the old one ends later."""
+    days = 24 * 3600
+    profiles = {
+        name: {"description": name, "validityPeriod": life * days} for name, life in (("long", 90), ("short", 6))
+    }
+    ca = start_pebble(profiles=profiles)
+    box = Box.make(folder, ca, ACME_PROFILE="long")
+    box.configure("life.flow.test")
+    with box.upstream(), box.service(name="long"):
+        until(lambda: box.served("life.flow.test"))
+        before = box.get("life.flow.test", ca.root_pem())[2]
+    box.environ["CERTWORKER_ACME_PROFILE"] = "short"
+    with box.upstream(), box.service(name="short"):
+        until(lambda: len(ca.ledger()) == 2 and box.served("life.flow.test"))
+        after = box.get("life.flow.test", ca.root_pem())[2]
+        other = {**box.environ, "CERTWORKER_ACME_PROFILE": "long"}
+        box.environ, ours = other, box.environ
+        refused = box.run("renew", "--force", expect=2)
+        box.environ = ours
+
+    assert before != after
+    assert "these settings say" in refused.stderr
+    assert len(ca.ledger()) == 2

@@ -1,5 +1,6 @@
 """One policy's way to a certificate, on both databases, with a CA in memory."""
 
+import json
 from datetime import timedelta
 
 import pytest
@@ -11,7 +12,7 @@ from certworker.core.issuance import State
 from certworker.errors import LeaseLost, TransportFault
 from certworker.steps.issue import Session, advance
 from certworker.steps.register import Registration
-from certworker.store import certificates, issuances, lineages, policies
+from certworker.store import accounts, certificates, issuances, lineages, policies
 
 from .world import World
 
@@ -490,3 +491,49 @@ def test_one_open_issuance_per_lineage(world: World) -> None:
 
     assert again is None
     assert world.count("issuances") == 1
+
+
+def test_a_shared_certificate_is_filed_under_the_policys_first_name(world: World) -> None:
+    """`certificates.domain` of a shared certificate, whatever its place in the alphabet."""
+    world.add_policy("www.b.test", "a.b.test", shared=True)
+    world.take_over()
+    world.work()
+
+    assert world.rows("SELECT domain FROM certificates") == [("www.b.test",)]
+
+
+def test_an_account_that_another_program_deleted_ends_the_order(world: World) -> None:
+    """The order was made with it, so it cannot go on; the next issuance registers an account and succeeds."""
+    world.add_policy("a.test")
+    world.take_over()
+    (session,) = world.claim()
+    bench = world.bench()
+    while session.issuance.state != State.ORDERED:
+        advance(bench, session)
+    world.execute("DELETE FROM acme_accounts")
+    world.crash()
+    world.work()
+    error = world.last_issuance("a.test").error
+    assert error is not None
+    assert error["type"] == "certworker:account-gone"
+
+    world.clock.move(timedelta(minutes=1))
+    world.take_over()
+    world.work()
+    assert world.lineage("a.test").status == "active"
+
+
+def test_a_plain_account_key_is_sealed(world: World) -> None:
+    """Another program stored it as PEM: it is used, and sealed where it is."""
+    world.issue("a.test")
+    stored = world.db.read(lambda tx: accounts.find_default(tx, world.ca.directory_url))
+    assert stored is not None
+    plain = {**stored.credentials_json, "key": stored.open_key(world.sealer)}
+    world.execute("UPDATE acme_accounts SET credentials_json = :plain", plain=json.dumps(plain))
+
+    world.issue("b.test")
+
+    again = world.db.read(lambda tx: accounts.find_default(tx, world.ca.directory_url))
+    assert again is not None
+    assert again.sealed
+    assert len(world.ca.accounts) == 1

@@ -232,3 +232,17 @@ def test_a_deleted_certificate_is_issued_again_and_leaves_a_tombstone(world: Wor
     world.work()
     assert len(world.ca.issued) == 2
     assert world.lineage("a.test").certificate_id != lineage.certificate_id
+
+
+def test_a_changed_wish_reaches_the_nodes(world: World) -> None:
+    """Who wants a certificate travels with it: a new or a removed policy gives it a new revision."""
+    lineage = world.issue("a.test")
+    before = world.db.read(lambda tx: certificates.find_of_lineage(tx, lineage.id))
+    insert_policy(world, ["a.test"])
+    reconcile(world.db, world.clock, world.wanted, world.sealer)
+    after = world.db.read(lambda tx: certificates.find_of_lineage(tx, lineage.id))
+
+    assert before is not None
+    assert after is not None
+    assert (after.revision or 0) > (before.revision or 0)
+    assert after.fingerprint == before.fingerprint
