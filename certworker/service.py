@@ -224,7 +224,7 @@ class EmbeddedNode:
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(25)
+            self._thread.join(_NODE.total_seconds())
         if not (as_found and self._found_serving):
             self._agent.stop()
         self._agent.close()

@@ -23,7 +23,7 @@ _MOST_THREADS = 16
 """More only wait for each other: the CA's answers are what takes time, and waiting holds no thread."""
 _POLL = timedelta(seconds=1)
 """How often the database is asked for work that nobody announced."""
-_DRAIN = timedelta(seconds=12)
+_DRAIN = timedelta(seconds=8)
 """How long a stop waits for CAs that are validating."""
 _LAST_ACTION = timedelta(seconds=5)
 _AFTER_FETCH = timedelta(milliseconds=100)
