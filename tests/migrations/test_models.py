@@ -29,6 +29,8 @@ from tests.conftest import PostgresServer
 
 from .catalog import read_catalog
 
+pytestmark = pytest.mark.check
+
 
 @pytest.fixture
 def created(request: pytest.FixtureRequest, db: Database, tmp_path: Path) -> Iterator[Database]:
