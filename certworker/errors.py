@@ -8,6 +8,7 @@
     │   └── UnknownName             no policy wants this name
     ├── DatabaseHeld                exit code 3: the embedded database is held by another process
     ├── StoreError                  the database cannot be used as it is
+    │   ├── StoreRefused            it will not have a value: asking again cannot help
     │   ├── SchemaError             its schema does not fit this release
     │   └── SealError               a sealed value cannot be opened, or the key-encryption key is missing
     ├── LeaseLost                   another worker owns this issuance now: stop, send nothing more
@@ -80,6 +81,10 @@ class DatabaseHeld(CertworkerError):
 
 class StoreError(CertworkerError):
     """The database cannot be used as it is."""
+
+
+class StoreRefused(StoreError):
+    """The database is there and will not have this value: asking again cannot help."""
 
 
 class SchemaError(StoreError):

@@ -5,12 +5,15 @@ wait; if none does, or it ends meanwhile, we take its place for as long as that 
 and the embedded node, nothing that was not asked for.
 """
 
+import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any
 
 from certworker import wiring
@@ -24,6 +27,7 @@ from certworker.steps.reconcile import reconcile
 from certworker.steps.renew import Outcome, Request, Ticket, outcome, request
 from certworker.steps.verify import verify
 from certworker.store import issuances, nodes, workers
+from certworker.store.issuances import Standing
 from certworker.store.rows import new_id
 from certworker.wiring import App
 
@@ -32,7 +36,20 @@ _LOOK = 0.2
 _TAKE_OVER = 2.0
 """Seconds between two tries to take the place of a service."""
 
-Watcher = Callable[[Outcome], None]
+_KINDS = ("renewed", "failed", "waiting")
+
+
+class Watcher:
+    """Told how the work goes; this one says nothing."""
+
+    def moved(self, session: Session) -> None:
+        """An issuance that we work on ourselves has moved."""
+
+    def reached(self, ticket: Ticket, state: str) -> None:
+        """A ticket that the service works on is in a new state."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """A ticket has ended."""
 
 
 @dataclass(slots=True)
@@ -56,9 +73,8 @@ class Renewal:
         """Return it as `renew --json` prints it."""
         if self.dry_run:
             listed = [{"name": name, "reason": reason} for name, reason in self.would_renew]
-            return {"would_renew": listed, "unchanged": self.unchanged}
-        kinds = ("renewed", "failed", "waiting")
-        document: dict[str, Any] = {kind: [one.document() for one in self.of(kind)] for kind in kinds}
+            return {**{kind: [] for kind in _KINDS}, "would_renew": listed, "unchanged": self.unchanged}
+        document: dict[str, Any] = {kind: [one.document() for one in self.of(kind)] for kind in _KINDS}
         return {**document, "unchanged": self.unchanged}
 
 
@@ -69,12 +85,11 @@ def renew(
     force: bool = False,
     dry_run: bool = False,
     timeout: timedelta = timedelta(seconds=300),
-    watch: Watcher = lambda _: None,
-    moved: Callable[[Session], None] = lambda _: None,
+    watch: Watcher | None = None,
 ) -> Renewal:
     """Renew, and return when nothing asked for is left or `timeout` is over.
 
-    `watch` is told of every ticket once it has ended. Raises UnknownName before anything is queued.
+    `watch` is told how it goes. Raises UnknownName before anything is queued.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     wiring.refuse_other_issuer(app)
@@ -83,21 +98,19 @@ def renew(
     asked = request(app.db, app.clock, names, force=force, dry_run=dry_run, private_ca=private)
     result = Renewal(would_renew=asked.would_renew, unchanged=asked.unchanged, dry_run=dry_run)
     if asked.tickets:
-        result.outcomes = _Wait(app, asked, deadline, watch, moved).until_done()
+        result.outcomes = _Wait(app, asked, deadline, watch or Watcher()).until_done()
     return result
 
 
 class _Wait:
     """Waits for tickets; works on them itself while nobody else does."""
 
-    def __init__(
-        self, app: App, asked: Request, deadline: float, watch: Watcher, moved: Callable[[Session], None]
-    ) -> None:
+    def __init__(self, app: App, asked: Request, deadline: float, watch: Watcher) -> None:
         self._app = app
         self._tickets = asked.tickets
         self._deadline = deadline
         self._watch = watch
-        self._moved = moved
+        self._told: dict[str, str] = {}
         self._ended: dict[str, Outcome] = {}
         self._stack = ExitStack()
         self._node: EmbeddedNode | None = None
@@ -109,24 +122,39 @@ class _Wait:
         with self._stack:
             while True:
                 self._take_over_if_free()
-                self._look()
-                if len(self._ended) == len(self._tickets) or time.monotonic() >= self._deadline:
+                done = self._look()
+                if done or time.monotonic() >= self._deadline:
                     break
                 self._wake.wait(_LOOK)
                 self._wake.clear()
             return [self._ended.get(ticket.issuance_id) or self._ask(ticket) for ticket in self._tickets]
 
-    def _look(self) -> None:
-        """Note what has ended since: one question for all that is open, one more for each that is not."""
+    def _look(self) -> bool:
+        """Note what has happened since; say whether nothing more will before the deadline."""
         if self._working:
             verify(self._app.db, self._app.clock, self._app.settings.node_silent)
         waiting = [ticket for ticket in self._tickets if ticket.issuance_id not in self._ended]
         ids = [ticket.issuance_id for ticket in waiting]
-        closed = self._app.db.read(lambda tx: issuances.closed_among(tx, ids))
+        still_open = self._app.db.read(lambda tx: issuances.standings(tx, ids))
         for ticket in waiting:
-            if ticket.issuance_id in closed and _is_final(found := self._ask(ticket)):
+            standing = still_open.get(ticket.issuance_id)
+            if standing is not None:
+                self._tell(ticket, standing)
+            elif _is_final(found := self._ask(ticket)):
                 self._ended[ticket.issuance_id] = found
-                self._watch(found)
+                self._watch.ended(found)
+        unserved = len(waiting) - len(still_open) - sum(t.issuance_id in self._ended for t in waiting)
+        return not unserved and all(self._is_put_off(standing) for standing in still_open.values())
+
+    def _tell(self, ticket: Ticket, standing: Standing) -> None:
+        """Say how far a ticket is that somebody else works on; our own crew tells by itself."""
+        if not self._working and self._told.get(ticket.issuance_id) != standing.state:
+            self._told[ticket.issuance_id] = standing.state
+            self._watch.reached(ticket, standing.state)
+
+    def _is_put_off(self, standing: Standing) -> bool:
+        left = timedelta(seconds=max(self._deadline - time.monotonic(), 0))
+        return not standing.leased and standing.attempt_at > self._app.clock() + left
 
     def _ask(self, ticket: Ticket) -> Outcome:
         return outcome(self._app.db, ticket, has_nodes=self._has_nodes())
@@ -152,10 +180,12 @@ class _Wait:
         self._start_working()
 
     def _start_working(self) -> None:
-        app, only = self._app, [ticket.issuance_id for ticket in self._tickets]
+        app, only, worker_id = self._app, [ticket.issuance_id for ticket in self._tickets], new_id()
         self._working = True
+        app.db.write(lambda tx: workers.enter(tx, worker_id, socket.gethostname(), os.getpid(), version("certworker")))
+        self._stack.callback(app.db.write, lambda tx: workers.leave(tx, worker_id))
         expire(app.db, app.clock)
-        crew = Crew(wiring.make_bench(app, self._note), new_id(), app.settings.concurrency, only)
+        crew = Crew(wiring.make_bench(app, self._note), worker_id, app.settings.concurrency, only)
         responder = wiring.make_responder(app, crew.fetched)
         responder.start()
         self._stack.callback(responder.stop)
@@ -174,7 +204,7 @@ class _Wait:
             if self._node is not None:
                 self._node.poke()
             self._wake.set()
-        self._moved(session)
+        self._watch.moved(session)
 
 
 def _is_final(found: Outcome) -> bool:

@@ -1,5 +1,6 @@
 """DNS as an outsider sees it: what a name resolves to, for hints. Never decides anything."""
 
+import socket
 from dataclasses import dataclass
 
 import dns.exception
@@ -28,15 +29,15 @@ class Addresses:
 
 def look_up(dns_name: str, server: str | None = None) -> Addresses:
     """Return the A and AAAA records of a name, asked at `server` (`host:port`) or the system's resolver."""
-    resolver = _resolver(server)
     try:
+        resolver = _resolver(server)
         return Addresses(_records(resolver, dns_name, "A"), _records(resolver, dns_name, "AAAA"))
     except dns.resolver.NXDOMAIN:
         return Addresses(trouble="the name does not exist in DNS (NXDOMAIN)")
     except dns.exception.Timeout:
         return Addresses(trouble="DNS did not answer in time")
-    except (dns.exception.DNSException, OSError) as error:
-        return Addresses(trouble=f"DNS answered with an error ({type(error).__name__})")
+    except (dns.exception.DNSException, OSError, ValueError) as error:
+        return Addresses(trouble=f"DNS could not be asked, or answered with an error ({type(error).__name__})")
 
 
 def _resolver(server: str | None) -> dns.resolver.Resolver:
@@ -44,7 +45,8 @@ def _resolver(server: str | None) -> dns.resolver.Resolver:
         return dns.resolver.Resolver()
     host, _, port = server.rpartition(":")
     resolver = dns.resolver.Resolver(configure=False)
-    resolver.nameservers = [host.strip("[]")]
+    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+    resolver.nameservers = [str(address[4][0]) for address in found[:1]]
     resolver.port = int(port)
     return resolver
 

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from certworker import wiring
 from certworker.api.server import ApiServer
 from certworker.core.issuance import State
 from certworker.core.rollout import Cursor
-from certworker.errors import CertworkerError
+from certworker.errors import CertworkerError, StoreError
 from certworker.node.agent import Agent
 from certworker.scheduler import Job, Timetable
 from certworker.steps.crew import Crew
@@ -40,6 +41,8 @@ _REAP = timedelta(minutes=10)
 _EXPIRE = timedelta(seconds=30)
 _NODE = timedelta(seconds=5)
 """How often the embedded node looks for what nobody announced."""
+_STEP = timedelta(seconds=8)
+"""How long a stop waits for a step of the node."""
 _LOOK = timedelta(seconds=2)
 """How often the notes of changed rows are read: an empty look is one index probe."""
 
@@ -53,6 +56,7 @@ class Service:
         self._worker_id = new_id()
         self._role = wiring.take_role(app)
         self._announced = False
+        self._stopping = threading.Event()
         try:
             self._bench = wiring.make_bench(app, self._moved)
             self._crew = Crew(self._bench, self._worker_id, app.settings.concurrency)
@@ -91,19 +95,31 @@ class Service:
         self._scan()
 
     def stop(self) -> None:
-        """Drain and stop, in well under 30 s; repeating it is harmless."""
+        """Drain and stop, in well under 30 s; repeating it is harmless. What fails on the way stops nothing else."""
         _log.info("service.stopping", extra={"worker": self._worker_id})
-        self._timetable.stop()
-        self._crew.stop()
-        if self._node is not None:
-            self._node.stop()
-        self._responder.stop()
-        self._api.stop()
-        if self._announced:
+        self._stopping.set()
+        with ExitStack() as last:  # run in reverse: the timetable first, the role last
+            if self._role is not None:
+                last.callback(self._role.give_up)
+            last.callback(self._leave)
+            last.callback(self._api.stop)
+            last.callback(self._responder.stop)
+            if self._node is not None:
+                last.callback(self._node.stop)
+            last.callback(self._crew.stop)
+            last.callback(self._timetable.stop)
+
+    def _going(self) -> bool:
+        return not self._stopping.is_set()
+
+    def _leave(self) -> None:
+        if not self._announced:
+            return
+        self._announced = False
+        try:
             self._app.db.write(lambda tx: workers.leave(tx, self._worker_id))
-            self._announced = False
-        if self._role is not None:
-            self._role.give_up()
+        except StoreError as error:
+            _log.warning("service.not_signed_off", extra={"error": str(error)})  # silence says it too
 
     # -- steps ----------------------------------------------------------------------------------------
 
@@ -121,11 +137,11 @@ class Service:
         return jobs
 
     def _reconcile(self) -> None:
-        if reconcile(self._app.db, self._app.clock, self._app.wanted, self._app.sealer):
+        if reconcile(self._app.db, self._app.clock, self._app.wanted, self._app.sealer, self._going):
             self._scan()
 
     def _scan(self) -> None:
-        report = scan(self._app.db, self._app.clock)
+        report = scan(self._app.db, self._app.clock, self._going)
         if report.queued:
             _log.info("scan.queued", extra={"due": report.looked_at, "queued": report.queued})
             self._crew.poke()
@@ -142,6 +158,8 @@ class Service:
             return
         for fault in done.faults:
             _log.error("publish.refused", extra={"fault": str(fault)})
+        for warning in done.warnings:
+            _log.warning("publish.warning", extra={"warning": warning})
         if done.version is not None and not done.faults:
             _log.info("version.published", extra={"number": done.version.number})
         if self._node is not None:
@@ -224,7 +242,11 @@ class EmbeddedNode:
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(_NODE.total_seconds())
+            self._thread.join(_STEP.total_seconds())
+        if self._thread.is_alive():
+            # Its step would start the proxy again behind our back: leave both as they are.
+            _log.warning("node.still_busy")
+            return
         if not (as_found and self._found_serving):
             self._agent.stop()
         self._agent.close()

@@ -94,7 +94,8 @@ def _contacts(value: object) -> object:
 
 
 def _base64url(value: SecretStr) -> SecretStr:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+={0,2}", value.get_secret_value()):
+    text = value.get_secret_value()
+    if not re.fullmatch(r"[A-Za-z0-9_-]+={0,2}", text) or len(text.rstrip("=")) % 4 == 1:
         raise ValueError("must be the base64url text that the CA gave")
     return value
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 from certworker.ca.client import Client, ExternalAccount
@@ -228,25 +229,27 @@ class DatabaseSource:
         self._app = app
 
     def published(self) -> PublishedVersion | None:
-        version = self._app.db.read(versions.find_published)
-        if version is None:
+        found = self._app.db.read(versions.find_published)
+        if found is None:
             return None
-        return PublishedVersion(version.id, version.number or 0, read_snapshot(version.snapshot_json))
+        return PublishedVersion(found.id, found.number or 0, read_snapshot(found.snapshot_json))
 
     def changes_after(self, cursor: Cursor) -> CertificateChanges:
         return self._app.db.read(lambda tx: self._changes(tx, cursor))
 
     def report(self, heartbeat: Heartbeat) -> None:
-        self._app.db.write(lambda tx: nodes.record(tx, heartbeat))
+        self._app.db.write(lambda tx: nodes.record(tx, heartbeat, f"certworker {version('certworker')}"))
 
     def _changes(self, tx: Transaction, cursor: Cursor) -> CertificateChanges:
         epoch = counters.value(tx, counters.EPOCH)
         complete = cursor.epoch != epoch
         after = 0 if complete else cursor.revision
+        # The counter first: what commits between the two statements is delivered twice then, not never.
+        newest = counters.value(tx, counters.REVISION)
         page = certificates.changed_since(tx, after, None if complete else _PAGE)
         removed = [] if complete else certificates.removed_since(tx, after)
         more = not complete and len(page) == _PAGE
-        end = (page[-1].revision or after) if more else counters.value(tx, counters.REVISION)
+        end = (page[-1].revision or after) if more else newest
         served = [certificate for certificate in page if certificate.status == "active"]
         gone = {certificate.id for certificate in page if certificate.status != "active"}
         gone |= {certificate_id for certificate_id, revision in removed if revision <= end}

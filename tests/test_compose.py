@@ -69,13 +69,15 @@ def test_commands_are_commands(service: dict[str, Any], mounted: dict[str, str])
 
     command: click.Command = cli
     words = [mounted.get(word, word) for word in service["command"]]
+    # With its parent, as the real run has it: click keeps what the first context says of --help.
+    context = cli.make_context("certworker", list(words), resilient_parsing=True)
     while isinstance(command, click.Group):
-        found = command.get_command(click.Context(command), words[0])
+        found = command.get_command(context, words[0])
         assert found, f"{command.name} has no command {words[0]}"
         command = found
         words.pop(0)
 
-    assert command.make_context(command.name, words)
+    assert command.make_context(command.name, words, parent=context)
 
 
 def test_gateway_is_made_of_our_columns() -> None:
@@ -103,3 +105,12 @@ def test_addresses_agree() -> None:
         f"{address[name]}:8402" for name in ("haproxy", "certworker")
     }
     assert f'"{address["upstream"]}:8000"' in DOCUMENT["configs"]["gateway.toml"]["content"]
+
+
+def test_the_upstream_has_something_to_serve() -> None:
+    """The folder it serves is where the file says that its page is mounted."""
+    upstream = DOCUMENT["services"]["upstream"]
+    folder = upstream["entrypoint"][upstream["entrypoint"].index("--directory") + 1]
+
+    assert [config["target"] for config in upstream["configs"]] == [f"{folder}/index.html"]
+    assert DOCUMENT["configs"][upstream["configs"][0]["source"]]["content"].strip()

@@ -21,9 +21,12 @@ def test_addresses_are_told_for_people(start_pebble: Callable[..., Pebble], free
     assert str(both) == "A 127.0.0.2, AAAA ::1 (a CA tries it first)"
     assert str(look_up("only.test", ca.dns_address)) == "A 127.0.0.1, no AAAA record"
     assert "error" in str(look_up("broken.test", ca.dns_address))
+    by_name = "localhost:" + ca.dns_address.rpartition(":")[2]
+    assert look_up("both.test", by_name).a == ("127.0.0.2",)
 
 
 @pytest.mark.parametrize("name", ["", "a..b", "x" * 300])
 def test_a_strange_name_is_an_answer_not_a_crash(name: str, free_port: Callable[[], int]) -> None:
     """It is only ever a hint."""
+    assert look_up("a.test", "no-such-host.invalid:53").trouble
     assert look_up(name, f"127.0.0.1:{free_port()}").trouble

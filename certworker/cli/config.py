@@ -43,7 +43,10 @@ def apply(ctx: click.Context, file: Path, as_json: bool) -> None:
     document = _read(file)
     app = wiring.open_app(settings_of(ctx))
     changed = app.db.write(lambda tx: _apply(tx, app, document))
+    warnings = app.db.read(lambda tx: build(gateway.read(tx), app.defaults)).warnings
     app.close()
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
     if as_json:
         print_json({"changed": changed})
     else:

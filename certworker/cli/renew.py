@@ -8,10 +8,10 @@ from rich.console import Console
 from certworker import wiring
 from certworker.cli.main import settings_of
 from certworker.cli.output import json_option, print_json
-from certworker.oneshot import Renewal
+from certworker.oneshot import Renewal, Watcher
 from certworker.oneshot import renew as run_renewal
 from certworker.steps.issue import Session
-from certworker.steps.renew import Outcome
+from certworker.steps.renew import Outcome, Ticket
 
 
 @click.command()
@@ -27,12 +27,10 @@ from certworker.steps.renew import Outcome
 def renew(ctx: click.Context, names: tuple[str, ...], force: bool, dry_run: bool, timeout: float, as_json: bool) -> int:
     """One shot: everything due, or the names given; ends when nothing due is left."""
     app = wiring.open_app(settings_of(ctx))
-    progress = _Progress()
     try:
         done = run_renewal(
-            app, names, force=force, dry_run=dry_run, timeout=timedelta(seconds=timeout),
-            watch=progress.ended, moved=progress.moved,
-        )  # fmt: skip
+            app, names, force=force, dry_run=dry_run, timeout=timedelta(seconds=timeout), watch=_Progress()
+        )
     finally:
         app.close()
     if as_json:
@@ -42,7 +40,7 @@ def renew(ctx: click.Context, names: tuple[str, ...], force: bool, dry_run: bool
     return 0 if done.succeeded else 1
 
 
-class _Progress:
+class _Progress(Watcher):
     """Says on stderr how the work goes; silent when nobody watches."""
 
     def __init__(self) -> None:
@@ -55,6 +53,10 @@ class _Progress:
             return
         said = f": {row.error['detail']} (again at {row.error['retry_at']})" if row.error else ""
         self._console.print(f"  {session.lineage.dns_names[0]}  {row.state}{said}")
+
+    def reached(self, ticket: Ticket, state: str) -> None:
+        if self._shown:
+            self._console.print(f"  {ticket.name}  {state}")
 
     def ended(self, outcome: Outcome) -> None:
         if self._shown:

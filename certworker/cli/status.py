@@ -16,6 +16,9 @@ from certworker.store import lineages, nodes, policies, report, settings_kv, ver
 from certworker.store.database import Transaction
 from certworker.wiring import App
 
+_MOST = 10_000
+"""Rows of one kind that are shown."""
+
 
 @click.command()
 @click.argument("name", required=False)
@@ -37,12 +40,13 @@ def status(ctx: click.Context, name: str | None, as_json: bool) -> None:
 
 
 def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
-    found = policies.list_all(tx, limit=10_000) if name is None else policies.wanting(tx, name)
+    found = policies.list_all(tx, limit=_MOST) if name is None else policies.wanting(tx, name)
     live = nodes.live(tx, app.settings.node_silent)
     live_names = {node.node_id for node in live}
-    unserved = {one.lineage_id: one for one in lineages.unserved(tx, "", 10_000)}
+    rows = report.lineage_rows(tx, name, limit=_MOST)
+    unserved = lineages.unserved_among(tx, [row["id"] for row in rows if row["served_at"] is None])
     shown_lineages = []
-    for row in report.lineage_rows(tx, name):
+    for row in rows:
         waits = unserved.get(row["id"])
         lacking = [] if waits is None else [why for node in live if (why := missing(waits, node))]
         shown_lineages.append(_lineage(row, lacking))
@@ -62,6 +66,7 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
         ],
         "published": None if published is None else {"id": published.id, "number": published.number},
         "publish_faults": [] if faults is None else json.loads(faults),
+        "truncated": max(len(found), len(rows)) >= _MOST,
     }  # fmt: skip
 
 
@@ -101,6 +106,8 @@ def _print(document: dict[str, Any]) -> None:
             for n in document["nodes"]
         ]
         print_table(count(len(cells), "node"), heads, cells)
+    if document["truncated"]:
+        click.echo(f"only the first {_MOST} are shown; ask for one with `certworker status NAME`")
     for fault in document["publish_faults"]:
         click.echo(f"not published: {fault}")
 

@@ -42,6 +42,10 @@ class Validity:
     def lifetime(self) -> timedelta:
         return self.not_after - self.not_before
 
+    def usable_from(self, moment: datetime) -> "Validity":
+        """Return what is left of it when it arrives at `moment`: a backdated certificate has a shorter life."""
+        return Validity(max(self.not_before, moment), self.not_after)
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:

@@ -133,6 +133,15 @@ class Built:
     snapshot: Snapshot
     faults: tuple[Fault, ...]
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed and probably not meant, a line each."""
+        swallowing = (one for one in self.snapshot.listeners if one.passes_bytes and one.port == 80)
+        return tuple(
+            f"listeners {one.id}: its port route passes on all of port 80, so no HTTP-01 challenge is answered there"
+            for one in swallowing
+        )
+
 
 class HealthCheckExpr(Model):
     """The form of `upstream_pools.health_check`. Some programs say `kind`, some `type`."""

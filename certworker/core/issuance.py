@@ -131,6 +131,11 @@ class Patience:
     growth: float = 1.6
 
 
+_BELIEVED = 4
+_POLITE = timedelta(seconds=1)
+POLLING = timedelta(minutes=10)
+"""A CA that is busy for longer is asked every REST only, and the issuance holds no place meanwhile."""
+REST = timedelta(minutes=5)
 SHORTEST_WAIT = timedelta(milliseconds=50)
 LONGEST_WAIT = timedelta(seconds=60)
 
@@ -138,6 +143,7 @@ LONGEST_WAIT = timedelta(seconds=60)
 def wait_for(retry_after: timedelta | None, looks: int, patience: Patience = Patience()) -> timedelta:
     """Return how long to wait before look number `looks` + 1 (RFC 8555 §7.5.1: Retry-After)."""
     if retry_after is not None:
-        return min(max(retry_after, SHORTEST_WAIT), LONGEST_WAIT)
+        # A CA that says "at once" again and again is believed a few times only.
+        return min(max(retry_after, SHORTEST_WAIT if looks < _BELIEVED else _POLITE), LONGEST_WAIT)
     steps = min(looks, 50)  # far past `longest`; a long wait must not overflow
     return min(patience.first * patience.growth**steps, patience.longest)

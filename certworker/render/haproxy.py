@@ -173,11 +173,12 @@ def _challenge_route() -> Iterator[str]:
     """
     yield f"    acl acme_path path -m beg -- {quote(CHALLENGE_PATH)}"
     yield f"    acl acme_token path -m reg -- {quote(_CHALLENGE_PATTERN)}"
-    yield "    http-request deny deny_status 405 if acme_path !{ method GET HEAD }"
+    plain = "content-type 'text/plain' hdr Cache-Control no-store"
     yield (
-        "    http-request return status 404 content-type 'text/plain' string 'no such challenge'"
-        " if acme_path !acme_token"
+        f"    http-request return status 405 {plain} hdr Allow 'GET, HEAD' string 'GET or HEAD only'"
+        " if acme_path !{ method GET HEAD }"
     )
+    yield f"    http-request return status 404 {plain} string 'no such challenge' if acme_path !acme_token"
 
 
 def _route(name: str, route: Route) -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from certworker.core.issuance import State
-from certworker.errors import LeaseLost, StoreError
+from certworker.errors import LeaseLost, StoreError, StoreRefused
 from certworker.steps.issue import LONGEST_HOLD, Bench, Session, advance, give_back, open_session, put_off_bug
 from certworker.store import issuances, workers
 from certworker.store.issuances import Issuance
@@ -84,7 +84,10 @@ class Crew:
         for thread in self._threads:
             thread.join(max(give_up_at - time.monotonic(), 0))
         ended = not any(thread.is_alive() for thread in self._threads)
-        self._bench.db.write(lambda tx: issuances.free_leases(tx, self._worker_id))
+        try:
+            self._bench.db.write(lambda tx: issuances.free_leases(tx, self._worker_id))
+        except StoreError as error:
+            _log.warning("leases.not_given_back", extra={"error": str(error)})  # they end by themselves
         return ended
 
     def poke(self) -> None:
@@ -181,6 +184,9 @@ class Crew:
     def _advance(self, session: Session) -> None:
         try:
             advance(self._bench, session)
+        except StoreRefused as error:
+            _log.exception("issuance.refused", extra={"issuance": session.issuance.id})
+            put_off_bug(self._bench, session, f"{error} in state {session.issuance.state}")
         except (LeaseLost, StoreError):
             raise
         except Exception as error:  # noqa: BLE001 - one strange issuance must not stop the others
@@ -203,6 +209,8 @@ class Crew:
                 self._bench.db.write(lambda tx: workers.beat(tx, self._worker_id))
             except StoreError as error:
                 _log.warning("leases.database", extra={"error": str(error)})
+            except Exception:  # noqa: BLE001 - without this thread every lease would run out
+                _log.exception("leases.bug")
 
     def _extend_leases(self) -> None:
         """Keep what is held here, and nothing else: a lease that no session stands behind has to end.

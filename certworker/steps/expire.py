@@ -1,5 +1,7 @@
 """What is past its end is said to be so: certificate `expired`, its lineage and policies `error`."""
 
+from datetime import datetime
+
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
@@ -22,14 +24,19 @@ def _expire_page(tx: Connection, clock: Clock) -> int:
     now = clock()
     page = certificates.expired(tx, now, _PAGE)
     for certificate in page:
-        certificates.flip(tx, certificate, "expired", f"valid until {certificate.expires_at.isoformat()}", now)
-        _tell(tx, certificate, clock)
+        reason = f"valid until {certificate.expires_at.isoformat()}"
+        certificates.record_flip(tx, certificate, "expired", reason, now)
+        if certificate.lineage_id is not None:
+            lineages.record_status(tx, certificate.lineage_id, "error", now)
+    # The revisions late: whoever takes the counter keeps every activation waiting until the commit.
+    for certificate in page:
+        certificates.set_status(tx, certificate.id, "expired", now)
+    for certificate in page:
+        if certificate.lineage_id is None:
+            _tell(tx, certificate, now)
     return len(page)
 
 
-def _tell(tx: Connection, certificate: StoredCertificate, clock: Clock) -> None:
-    if certificate.lineage_id is not None:
-        lineages.record_status(tx, certificate.lineage_id, "error", clock())
-        return
+def _tell(tx: Connection, certificate: StoredCertificate, now: datetime) -> None:
     for policy in policies.wanting(tx, certificate.domain):
-        policies.refresh_status(tx, policy.id, clock())
+        policies.refresh_status(tx, policy.id, now)

@@ -17,11 +17,11 @@ from certworker.ca.client import Account, Client
 from certworker.ca.problems import classify
 from certworker.clock import Clock
 from certworker.core.certificate import Chain, check_chain
-from certworker.core.issuance import Action, State, next_action, to_answer, unproved, wait_for
-from certworker.core.order import Authorization, AuthorizationStatus, Order
+from certworker.core.issuance import POLLING, REST, Action, State, next_action, to_answer, unproved, wait_for
+from certworker.core.order import Authorization, AuthorizationStatus, Order, OrderStatus
 from certworker.core.renewal import plan_renewal
 from certworker.core.retry import Endpoint, ErrorClass, Failure, classify_order, retry_at
-from certworker.errors import AccountGone, AnswerFault, CaError, ChainRefused
+from certworker.errors import AccountGone, AnswerFault, CaError, ChainRefused, InputError, SealError
 from certworker.steps.register import Accounts
 from certworker.store import certificates, challenges, issuances, lineages
 from certworker.store.database import Database
@@ -93,6 +93,8 @@ def advance(bench: Bench, session: Session) -> None:
         _ACTS[action](bench, session)
     except AccountGone as error:
         _fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:account-gone", str(error), _ACCOUNT_GONE))
+    except (InputError, SealError) as error:
+        _fail(bench, session, Failure(ErrorClass.ACTION_REQUIRED, "certworker:key", str(error), _KEY_UNUSABLE))
     except ChainRefused as error:
         _refuse_chain(bench, session, classify(error, Endpoint.CERTIFICATE))
     except CaError as error:
@@ -114,11 +116,15 @@ def _make_key(bench: Bench, session: Session) -> None:
 
 
 def _intend_order(bench: Bench, session: Session) -> None:
+    if not _still_wanted(bench, session):
+        return
     account_id, _ = bench.accounts.default()
     _record(bench, session, State.ORDER_INTENT, account_id=account_id)
 
 
 def _place_order(bench: Bench, session: Session) -> None:
+    if not _still_wanted(bench, session):
+        return
     profile = session.lineage.profile or None
     order = bench.client.new_order(_account(bench, session), session.lineage.dns_names, profile)
     _record(
@@ -175,9 +181,11 @@ def _finalize(bench: Bench, session: Session) -> None:
     assert row.csr_der is not None
     finalize_url = row.finalize_url or order.finalize_url
     session.order = bench.client.finalize(_account(bench, session), finalize_url, row.csr_der, order.url)
-    session.looks = 0
     if row.state == State.FINALIZE_INTENT:
+        session.looks = 0
         _record(bench, session, State.FINALIZING)
+    if session.order.status is OrderStatus.READY:
+        _wait(bench, session)  # it took no notice; the next look says whether to finalize again
 
 
 def _note_issued(bench: Bench, session: Session) -> None:
@@ -212,15 +220,16 @@ def _activate(bench: Bench, session: Session) -> None:
 def _switch(tx: Connection, bench: Bench, session: Session, chain: Chain, key_pem: str, now: datetime) -> Issuance:
     """Let the new certificate serve: certificate, lineage, policies, issuance and audit in one transaction."""
     row, lineage = session.issuance, lineages.lock(tx, session.lineage.id)
-    if lineage is None or not lineages.is_wanted(tx, lineage.id):
-        challenges.withdraw(tx, row.id)
-        return issuances.close(tx, row, State.CANCELLED, now)
+    if lineage is None or not lineages.is_linked(tx, lineage.id):
+        return _cancel(tx, session, now)
     closed = issuances.close(tx, row, State.DONE, now, error=None)
     challenges.withdraw(tx, row.id)
     certificate_id = certificates.id_for_lineage(tx, lineage.id)
+    # Counted from now, or a certificate that arrives half used would be renewed at once, again and again.
+    usable = chain.leaf.validity.usable_from(now)
     lineages.record_certificate(
-        tx, lineage.id, certificate_id=certificate_id, issuance_id=row.id, validity=chain.leaf.validity,
-        renew_at=plan_renewal(chain.leaf.validity, lineage.id), now=now,
+        tx, lineage.id, certificate_id=certificate_id, issuance_id=row.id, validity=usable,
+        renew_at=plan_renewal(usable, lineage.id), now=now,
     )  # fmt: skip
     sealed = bench.sealer.seal(key_pem, table="certificates", column="key_pem", row_id=certificate_id)
     domain = lineages.first_name(tx, lineage)
@@ -238,7 +247,8 @@ def _wait(bench: Bench, session: Session) -> None:
         _fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", "the CA never finished the "
               "order before it expired", "a new order is made; ask the CA if this lasts"))  # fmt: skip
         return
-    session.wait_until = now + wait_for(retry_after, session.looks)
+    wait = wait_for(retry_after, session.looks)
+    session.wait_until = now + (wait if now - session.issuance.state_at < POLLING else max(wait, REST))
     session.looks += 1
     session.order = None
 
@@ -282,6 +292,22 @@ def _record(bench: Bench, session: Session, state: State, **values: object) -> N
     )
 
 
+def _still_wanted(bench: Bench, session: Session) -> bool:
+    """Say whether to order; what nobody wants any more is closed before it costs anything."""
+    if bench.db.read(lambda tx: lineages.is_wanted(tx, session.lineage.id)):
+        return True
+    now = bench.clock()
+    session.issuance = bench.db.write(lambda tx: _cancel(tx, session, now))
+    return False
+
+
+def _cancel(tx: Connection, session: Session, now: datetime) -> Issuance:
+    challenges.withdraw(tx, session.issuance.id)
+    # The scan takes it out, or queues it anew if somebody wants it again.
+    lineages.set_next_check(tx, session.lineage.id, now, now)
+    return issuances.close(tx, session.issuance, State.CANCELLED, now)
+
+
 def _account(bench: Bench, session: Session) -> Account:
     """Return the account the order is made with; AccountGone if another program has deleted it."""
     return bench.accounts.get(session.issuance.account_id or "")
@@ -312,6 +338,7 @@ def _check(session: Session, chain_pem: str, now: datetime) -> Chain:
 # -- trouble ------------------------------------------------------------------------------------------
 
 _GOES_ON = (ErrorClass.TRANSIENT, ErrorClass.RATE_LIMITED)
+_KEY_UNUSABLE = "mend the row or the setting that it names; then `certworker renew`"
 _ACCOUNT_GONE = "a new order is made with the account that is used now; see acme_accounts"
 _ENDS_ORDER = ("certworker:order-lost", "certworker:order-expired")
 
@@ -326,7 +353,7 @@ def _record_trouble(bench: Bench, session: Session, failure: Failure) -> None:
 
 def _refuse_chain(bench: Bench, session: Session, failure: Failure) -> None:
     """A wrong chain is downloaded once more, in case it was damaged on the way; then the CA means it."""
-    if session.issuance.failures == 0:
+    if (session.issuance.error or {}).get("type") != failure.type:
         _put_off(bench, session, replace(failure, error_class=ErrorClass.TRANSIENT))
     else:
         _fail(bench, session, failure)

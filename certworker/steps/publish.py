@@ -23,6 +23,7 @@ class Published:
     """The version that is published now."""
     faults: tuple[Fault, ...] = ()
     """Why the newest rows are not; the version before stands."""
+    warnings: tuple[str, ...] = ()
 
 
 def publish(db: Database, clock: Clock, defaults: Defaults, *, created_by: str = audit.WORKER) -> Published:
@@ -51,12 +52,12 @@ def _publish(tx: Connection, clock: Clock, defaults: Defaults, created_by: str) 
     settings_kv.forget(tx, FAULTS)
     digest = built.snapshot.digest()
     if current is not None and current.digest == digest:
-        return Published(current)
+        return Published(current, warnings=built.warnings)
     version = versions.publish(tx, built.snapshot.document(), digest, created_by, clock())
     before = None if current is None else current.number
     diff = {"table": "config_versions", "id": version.id, "before": before, "after": version.number}
     audit.record(tx, "config.published", diff, clock(), actor=created_by)
-    return Published(version)
+    return Published(version, warnings=built.warnings)
 
 
 def _refuse(tx: Connection, clock: Clock, faults: list[str]) -> None:

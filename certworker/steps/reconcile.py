@@ -5,20 +5,26 @@ holds up no other. A change of CA, profile or key type, and every SWEEP, notes a
 page at a time.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
 from certworker.core.certificate import normalise_pair, read_leaf
 from certworker.core.names import MAX_NAMES, check_name
-from certworker.errors import ChainRefused, InputError, NameRefused, SealError
+from certworker.errors import ChainRefused, InputError, NameRefused, SealError, StoreError, StoreRefused
 from certworker.store import certificates, changes, issuances, lineages, policies, settings_kv
+from certworker.store.certificates import StoredCertificate
 from certworker.store.database import Database
 from certworker.store.lineages import Issuer
 from certworker.store.policies import Policy
 from certworker.store.seal import Sealer
+
+_log = logging.getLogger(__name__)
 
 SWEEP = timedelta(hours=1)
 _PAGE = 200
@@ -41,16 +47,63 @@ class Wanted:
         return f"{asked.directory_url} (profile {asked.profile or 'default'}, {asked.key_type}, {kind} CA)"
 
 
-def reconcile(db: Database, clock: Clock, wanted: Wanted, sealer: Sealer) -> int:
-    """Take over everything that was noted; return how many rows were looked at."""
+def reconcile(
+    db: Database, clock: Clock, wanted: Wanted, sealer: Sealer, going: Callable[[], bool] = lambda: True
+) -> int:
+    """Take over everything that was noted, while `going`; return how many rows were looked at."""
     _sweep(db, clock, wanted)
     looked_at = 0
-    while True:
-        policy_ids = db.write(lambda tx: _take_policies(tx, wanted, clock()))
-        certificate_ids = db.write(lambda tx: _take_certificates(tx, sealer, clock()))
-        looked_at += policy_ids + certificate_ids
-        if not policy_ids and not certificate_ids:
-            return looked_at
+    while going():
+        taken = _take_one(db, clock, _Topic(changes.POLICY, partial(_take_policy, wanted=wanted), _refuse_policy))
+        taken += _take_one(
+            db, clock, _Topic(changes.CERTIFICATE, partial(_take_certificate, sealer=sealer), _refuse_row)
+        )
+        looked_at += taken
+        if not taken:
+            break
+    return looked_at
+
+
+@dataclass(frozen=True, slots=True)
+class _Topic:
+    """How the notes of one kind are taken."""
+
+    name: str
+    take: Callable[..., None]
+    refuse: Callable[[Connection, str, str, datetime], None]
+    """What is done with a row that cannot be taken, whatever is the matter with it."""
+
+
+def _take_one(db: Database, clock: Clock, topic: _Topic) -> int:
+    """Take the oldest note in one transaction; a row that cannot be taken is set aside in another one."""
+    try:
+        return db.write(lambda tx: _take_oldest(tx, topic, partial(topic.take, now=clock())))
+    except StoreRefused as error:
+        said = str(error)
+    except StoreError:
+        raise  # the database is not there: the row is not at fault
+    except Exception as error:  # noqa: BLE001 - one strange row must not hold up the others
+        _log.exception("reconcile.bug", extra={"topic": topic.name})
+        said = f"this row cannot be read ({type(error).__name__})"
+    return db.write(lambda tx: _take_oldest(tx, topic, lambda tx, row_id: topic.refuse(tx, row_id, said, clock())))
+
+
+def _take_oldest(tx: Connection, topic: _Topic, take: Callable[[Connection, str], None]) -> int:
+    row_ids = changes.take(tx, topic.name, 1)
+    for row_id in row_ids:
+        take(tx, row_id)
+    return len(row_ids)
+
+
+def _refuse_policy(tx: Connection, policy_id: str, said: str, now: datetime) -> None:
+    policies.record_refused(tx, policy_id, [{"value": "", "rule": said}], now)
+    policies.refresh_status(tx, policy_id, now)
+
+
+def _refuse_row(tx: Connection, certificate_id: str, said: str, now: datetime) -> None:
+    certificate = certificates.find(tx, certificate_id)
+    if certificate is not None and certificate.status != "error":
+        certificates.flip(tx, certificate, "error", said, now)
 
 
 def refused_names(policy: Policy, wanted: Wanted) -> tuple[list[str], list[dict[str, str]]]:
@@ -70,15 +123,8 @@ def refused_names(policy: Policy, wanted: Wanted) -> tuple[list[str], list[dict[
     return list(accepted), refused
 
 
-def _take_policies(tx: Connection, wanted: Wanted, now: datetime) -> int:
-    policy_ids = changes.take(tx, changes.POLICY, 1)
-    for policy_id in policy_ids:
-        _take_policy(tx, policy_id, wanted, now)
-    return len(policy_ids)
-
-
-def _take_policy(tx: Connection, policy_id: str, wanted: Wanted, now: datetime) -> None:
-    policy = policies.find(tx, policy_id)
+def _take_policy(tx: Connection, policy_id: str, *, wanted: Wanted, now: datetime) -> None:
+    policy = policies.lock(tx, policy_id)
     names: list[str] = []
     if policy is not None and policy.mode == "auto":
         names, refused = refused_names(policy, wanted)
@@ -99,34 +145,48 @@ def _settle(tx: Connection, lineage_ids: list[str], now: datetime) -> None:
         issuances.cancel_unclaimed(tx, lineage_id, now)
 
 
-def _take_certificates(tx: Connection, sealer: Sealer, now: datetime) -> int:
-    certificate_ids = changes.take(tx, changes.CERTIFICATE, 1)
-    for certificate_id in certificate_ids:
-        _take_certificate(tx, certificate_id, sealer, now)
-    return len(certificate_ids)
-
-
-def _take_certificate(tx: Connection, certificate_id: str, sealer: Sealer, now: datetime) -> None:
-    certificate = certificates.find(tx, certificate_id)
+def _take_certificate(tx: Connection, certificate_id: str, *, sealer: Sealer, now: datetime) -> None:
+    certificate = certificates.lock(tx, certificate_id)
     if certificate is None:
-        certificates.record_removed(tx, certificate_id, now)
-        lineage_id = lineages.having_certificate(tx, certificate_id)
-        if lineage_id is not None:
-            lineages.forget_certificate(tx, lineage_id, now)
-            lineages.set_next_check(tx, lineage_id, now, now)
-            _settle(tx, [lineage_id], now)
+        _take_removal(tx, certificate_id, now)
         return
-    place = {"table": "certificates", "column": "key_pem", "row_id": certificate_id}
+    status, reason = _take_pair(tx, certificate, sealer, now)
+    if certificate.lineage_id is not None and status != "active":
+        lineages.spoil(tx, certificate.lineage_id, now)
+        _settle(tx, [certificate.lineage_id], now)
+    if status != certificate.status:
+        certificates.record_flip(tx, certificate, status, reason, now)
+    for policy in policies.wanting(tx, certificate.domain):
+        policies.refresh_status(tx, policy.id, now)
+
+
+def _take_pair(tx: Connection, certificate: StoredCertificate, sealer: Sealer, now: datetime) -> tuple[str, str]:
+    """Complete a row that another program wrote; return the status it has from now on, and why."""
+    place = {"table": "certificates", "column": "key_pem", "row_id": certificate.id}
     try:
         _, key_pem = normalise_pair(certificate.cert_pem, sealer.open(certificate.key_pem, **place))
         leaf = read_leaf(certificate.cert_pem)
     except (InputError, ChainRefused, SealError) as error:
-        certificates.flip(tx, certificate, "error", str(error), now)
+        certificates.set_status(tx, certificate.id, "error", now)
+        return "error", str(error)
+    status, reason = "active", "the pair can be served"
+    if leaf.validity.not_after <= now:
+        status, reason = "expired", f"valid until {leaf.validity.not_after.isoformat()}"
+    elif certificate.status == "error" and certificate.fingerprint == leaf.fingerprint:
+        status, reason = "error", "another program says so of this certificate"
+    certificates.describe(tx, certificate.id, leaf, sealer.seal(key_pem, **place), now, status=status)
+    return status, reason
+
+
+def _take_removal(tx: Connection, certificate_id: str, now: datetime) -> None:
+    certificates.record_removed(tx, certificate_id, now)
+    lineage_id = lineages.having_certificate(tx, certificate_id)
+    if lineage_id is not None:
+        lineages.forget_certificate(tx, lineage_id, now)
+        _settle(tx, [lineage_id], now)
     else:
-        status = "active" if leaf.validity.not_after > now else "expired"
-        certificates.describe(tx, certificate_id, leaf, sealer.seal(key_pem, **place), now, status=status)
-    for policy in policies.wanting(tx, certificate.domain):
-        policies.refresh_status(tx, policy.id, now)
+        # It was somebody's upload; the row that said for which name is gone.
+        changes.note(tx, changes.POLICY, policies.manual_ids(tx))
 
 
 def _sweep(db: Database, clock: Clock, wanted: Wanted) -> None:

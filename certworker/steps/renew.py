@@ -17,12 +17,20 @@ from certworker.core.names import check_name
 from certworker.core.renewal import Reason, Renew, decide_renewal
 from certworker.errors import UnknownName
 from certworker.steps import scan
-from certworker.store import certificates, issuances, lineages
+from certworker.store import certificates, issuances, lineages, policies
 from certworker.store.database import Database
 from certworker.store.issuances import Issuance
 from certworker.store.lineages import Lineage
 
 _PAGE = 500
+
+
+_CANCELLED = {
+    "class": "cancelled",
+    "type": "certworker:cancelled",
+    "detail": "no policy wants it any more",
+    "hint": "see `certworker policy list`",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,8 @@ class Outcome:
     """True when every live node proved it; None without nodes, or when there is nothing to serve."""
     attempt_at: datetime | None = None
     """When a waiting one is tried again."""
+    state: str = ""
+    """The state of its issuance."""
 
     def document(self) -> dict[str, Any]:
         """Return it as `renew --json` shows it."""
@@ -71,9 +81,18 @@ class Outcome:
         if self.result == "renewed":
             expires_at = None if self.expires_at is None else self.expires_at.isoformat()
             shown |= {"serial": self.serial, "expires_at": expires_at, "fingerprint_sha256": self.fingerprint}
-        elif self.error is not None:
-            shown["error"] = {key: self.error.get(key) for key in ("class", "type", "detail", "retry_at", "hint")}
+        else:
+            shown["error"] = {key: self._error().get(key) for key in ("class", "type", "detail", "retry_at", "hint")}
         return shown
+
+    def _error(self) -> dict[str, Any]:
+        if self.error is not None:
+            return self.error
+        again = None if self.attempt_at is None else self.attempt_at.isoformat()
+        return {
+            "class": "waiting", "type": f"certworker:{self.state}", "detail": "it is under way and nothing has failed",
+            "retry_at": again, "hint": "ask again later, or give it more time with --timeout",
+        }  # fmt: skip
 
 
 def request(
@@ -97,7 +116,7 @@ def outcome(db: Database, ticket: Ticket, *, has_nodes: bool) -> Outcome:
         issuance = issuances.find(tx, ticket.issuance_id)
         lineage = lineages.find(tx, ticket.lineage_id)
         if issuance is None or lineage is None:
-            return Outcome(ticket, "failed", error={"class": "cancelled", "detail": "the request was deleted"})
+            return Outcome(ticket, "failed", error=_CANCELLED)
         return _judge(tx, ticket, issuance, lineage, has_nodes)
 
     return db.read(look)
@@ -116,17 +135,19 @@ def _judge(tx: Connection, ticket: Ticket, issuance: Issuance, lineage: Lineage,
         case State.FAILED:
             return Outcome(ticket, "failed", error=issuance.error)
         case State.CANCELLED:
-            error = {"class": "cancelled", "type": "certworker:cancelled", "detail": "no policy wants it any more",
-                     "hint": "see `certworker policy list`"}  # fmt: skip
-            return Outcome(ticket, "failed", error=error)
+            return Outcome(ticket, "failed", error=_CANCELLED)
         case _:
-            return Outcome(ticket, "waiting", error=issuance.error, attempt_at=issuance.attempt_at)
+            return Outcome(
+                ticket, "waiting", error=issuance.error, attempt_at=issuance.attempt_at, state=issuance.state
+            )
 
 
 def _find(tx: Connection, names: list[str]) -> list[Lineage]:
     found: dict[str, Lineage] = {}
     for name in names:
         wanted = [lineage for lineage in lineages.naming(tx, name) if lineages.is_wanted(tx, lineage.id)]
+        if not wanted and any(policy.paused_at for policy in policies.wanting(tx, name)):
+            raise UnknownName(f"name {name!r}: its policy is paused; see `certworker policy resume`")
         if not wanted:
             raise UnknownName(
                 f"name {name!r}: no policy wants a certificate for it; add it with `certworker policy add`"
@@ -174,6 +195,8 @@ def _request(db: Database, clock: Clock, found: list[Lineage], *, force: bool, d
 def _request_one(
     tx: Connection, lineage: Lineage, asked: Request, now: datetime, *, force: bool, dry_run: bool
 ) -> None:
+    if not dry_run:
+        lineages.lock(tx, lineage.id)  # the service's scan may be about to queue it
     open_one = issuances.find_open(tx, lineage.id)
     decision = decide_renewal(now, lineage.validity, lineage.renew_at)
     if open_one is None and not force and not isinstance(decision, Renew):

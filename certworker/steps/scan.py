@@ -1,5 +1,6 @@
 """What is due becomes a queued issuance. Costs what is due, not what exists."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -24,10 +25,10 @@ class ScanReport:
     queued: int = 0
 
 
-def scan(db: Database, clock: Clock) -> ScanReport:
-    """Queue an issuance for everything that is due now."""
+def scan(db: Database, clock: Clock, going: Callable[[], bool] = lambda: True) -> ScanReport:
+    """Queue an issuance for everything that is due now, while `going`."""
     report = ScanReport()
-    while db.write(lambda tx: _scan_page(tx, clock(), report)) == _PAGE:
+    while going() and db.write(lambda tx: _scan_page(tx, clock(), report)) == _PAGE:
         pass
     db.write(lambda tx: settings_kv.put(tx, settings_kv.LAST_SCAN_AT, clock().isoformat()))
     return report

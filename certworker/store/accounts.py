@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, false, func, select, update
 
+from certworker.errors import InputError
 from certworker.store.rows import columns_of, insert_new, new_id, to_value
 from certworker.store.seal import Sealer, is_sealed
 from certworker.store.tables import acme_accounts
@@ -25,17 +26,23 @@ class StoredAccount:
     @property
     def account_url(self) -> str | None:
         """None until the CA answered newAccount."""
-        return self.credentials_json.get("account_url")
+        url = self.credentials_json.get("account_url") if isinstance(self.credentials_json, dict) else None
+        return url if isinstance(url, str) else None
 
     @property
     def sealed(self) -> bool:
         """Whether the key is sealed; another program may have written plain PEM."""
-        return is_sealed(self.credentials_json["key"])
+        return is_sealed(self._key())
 
     def open_key(self, sealer: Sealer) -> str:
-        """Return the account's private key as PEM."""
-        key = self.credentials_json["key"]
-        return sealer.open(key, table="acme_accounts", column="credentials_json", row_id=self.id)
+        """Return the account's private key as PEM; InputError if there is none, SealError if it does not open."""
+        return sealer.open(self._key(), table="acme_accounts", column="credentials_json", row_id=self.id)
+
+    def _key(self) -> str:
+        key = self.credentials_json.get("key") if isinstance(self.credentials_json, dict) else None
+        if not isinstance(key, str):
+            raise InputError(f"acme_accounts {self.id}: credentials_json has no key")
+        return key
 
 
 def find_default(tx: Connection, directory_url: str) -> StoredAccount | None:
@@ -43,7 +50,9 @@ def find_default(tx: Connection, directory_url: str) -> StoredAccount | None:
     query = (
         select(*columns_of(StoredAccount, acme_accounts))
         .where(acme_accounts.c.directory_url == directory_url)
-        .order_by(acme_accounts.c.is_default.desc(), acme_accounts.c.created_at, acme_accounts.c.id)
+        .order_by(
+            func.coalesce(acme_accounts.c.is_default, false()).desc(), acme_accounts.c.created_at, acme_accounts.c.id
+        )
         .limit(1)
     )
     row = tx.execute(query).first()

@@ -41,6 +41,12 @@ def find(tx: Connection, certificate_id: str) -> StoredCertificate | None:
     return None if row is None else to_value(StoredCertificate, row)
 
 
+def lock(tx: Connection, certificate_id: str) -> StoredCertificate | None:
+    """Return one certificate, locked until the commit."""
+    row = tx.execute(select(*_COLUMNS).where(certificates.c.id == certificate_id).with_for_update()).first()
+    return None if row is None else to_value(StoredCertificate, row)
+
+
 def find_of_lineage(tx: Connection, lineage_id: str) -> StoredCertificate | None:
     """Return a lineage's certificate."""
     row = tx.execute(select(*_COLUMNS).where(certificates.c.lineage_id == lineage_id)).first()
@@ -93,11 +99,21 @@ def describe(
 
 def flip(tx: Connection, certificate: StoredCertificate, status: str, reason: str, now: datetime) -> None:
     """Change a certificate's status, with its audit row and a new revision."""
-    before, after = {"status": certificate.status}, {"status": status, "reason": reason}
-    audit.record_flip(tx, "certificate", "certificates", certificate.id, before, after, now)
+    record_flip(tx, certificate, status, reason, now)
+    set_status(tx, certificate.id, status, now)
+
+
+def set_status(tx: Connection, certificate_id: str, status: str, now: datetime) -> None:
+    """Set a certificate's status, with a new revision."""
     revision = counters.next_value(tx, counters.REVISION)
-    row = update(certificates).where(certificates.c.id == certificate.id)
+    row = update(certificates).where(certificates.c.id == certificate_id)
     tx.execute(row.values(status=status, revision=revision, updated_at=now))
+
+
+def record_flip(tx: Connection, before: StoredCertificate, status: str, reason: str, now: datetime) -> None:
+    """Write the audit row of a changed status."""
+    after = {"status": status, "reason": reason}
+    audit.record_flip(tx, "certificate", "certificates", before.id, {"status": before.status}, after, now)
 
 
 def touch(tx: Connection, lineage_ids: list[str]) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from certworker.errors import SchemaError, StoreError
+from certworker.errors import SchemaError, StoreError, StoreRefused
 
 T = TypeVar("T")
 
@@ -69,7 +69,8 @@ class Database:
     def write(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn` in one transaction and return its result after the commit.
 
-        Raises StoreError when the database cannot be reached, or is locked for too long.
+        Raises StoreError when the database cannot be reached, or is locked for too long, StoreRefused
+        when it will not have what `fn` wrote.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -196,4 +197,5 @@ def first_line(error: Exception) -> str:
 
 
 def _store_error(doing: str, error: Exception) -> StoreError:
-    return StoreError(f"cannot {doing} the database: {first_line(error)}")
+    kind = StoreRefused if isinstance(error, (IntegrityError, DataError)) else StoreError
+    return kind(f"cannot {doing} the database: {first_line(error)}")

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, literal, or_, select, text, update
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
-from certworker.store.rows import columns_of, insert_new, new_id, to_value
+from certworker.store.rows import columns_of, insert_new, new_id, pages, to_value
 from certworker.store.tables import OPEN_STATE, issuances, lineages
 from certworker.store.types import db_now, seconds_from_now
 
@@ -32,6 +32,8 @@ class Issuance:
     lineage_id: str
     reason: str
     state: str
+    state_at: datetime
+    """Since when it is in this state."""
     attempt_at: datetime
     """Not before this is it worked on."""
     failures: int
@@ -94,13 +96,23 @@ def list_open(tx: Connection) -> list[tuple[Issuance, list[str]]]:
     return [(Issuance(*row[:-1]), row[-1]) for row in tx.execute(query)]
 
 
-def closed_among(tx: Connection, ids: list[str]) -> set[str]:
-    """Return those of `ids` that are not open any more, or not there."""
-    still_open: set[str] = set()
-    for start in range(0, len(ids), 500):
-        query = select(issuances.c.id).where(issuances.c.id.in_(ids[start : start + 500]), _OPEN)
-        still_open |= set(tx.execute(query).scalars())
-    return set(ids) - still_open
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far an open issuance is."""
+
+    state: str
+    attempt_at: datetime
+    leased: bool
+
+
+def standings(tx: Connection, ids: list[str]) -> dict[str, Standing]:
+    """Return those of `ids` that are open; what is missing has ended."""
+    found: dict[str, Standing] = {}
+    for page in pages(ids):
+        query = select(issuances.c.id, issuances.c.state, issuances.c.attempt_at, issuances.c.lease_until.is_not(None))
+        rows = tx.execute(query.where(issuances.c.id.in_(page), _OPEN))
+        found |= {row[0]: Standing(*row[1:]) for row in rows}
+    return found
 
 
 def history(tx: Connection, lineage_id: str, limit: int = 20) -> list[Issuance]:

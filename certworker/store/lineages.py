@@ -166,7 +166,9 @@ def link(tx: Connection, policy_id: str, wanted: list[str]) -> list[str]:
             )
         )
     for page in pages(fresh):
-        statuses = tx.execute(select(lineages.c.id, lineages.c.status).where(lineages.c.id.in_(page))).all()
+        # Locked: a status that changes meanwhile would be copied as it was, and stay so.
+        query = select(lineages.c.id, lineages.c.status).where(lineages.c.id.in_(page)).order_by(lineages.c.id)
+        statuses = tx.execute(query.with_for_update()).all()
         tx.execute(
             insert(policy_lineages),
             [{"policy_id": policy_id, "lineage_id": row[0], "lineage_status": row[1]} for row in statuses],
@@ -177,6 +179,13 @@ def link(tx: Connection, policy_id: str, wanted: list[str]) -> list[str]:
 def is_wanted(tx: Connection, lineage_id: str) -> bool:
     """Say whether a policy wants certificates for it: `mode = auto` and not paused."""
     query = select(1).where(policy_lineages.c.lineage_id == lineage_id, *_WANTING)
+    return tx.execute(query.limit(1)).first() is not None
+
+
+def is_linked(tx: Connection, lineage_id: str) -> bool:
+    """Say whether a policy that is still there names it, paused or not."""
+    there = tls_policies.c.id == policy_lineages.c.policy_id
+    query = select(1).where(policy_lineages.c.lineage_id == lineage_id, there)
     return tx.execute(query.limit(1)).first() is not None
 
 
@@ -207,7 +216,9 @@ def peek_due(tx: Connection, now: datetime) -> list[Lineage]:
 def place(tx: Connection, ids: list[str], now: datetime) -> list[str]:
     """Give lineages their place in the scan: due now when newly wanted, out of it when not; return the unwanted."""
     unwanted: list[str] = []
-    for page in pages(ids):
+    for page in pages(sorted(ids)):
+        # Locked before asking who wants them, so that of two reconciles the later one has the last word.
+        tx.execute(select(lineages.c.id).where(lineages.c.id.in_(page)).order_by(lineages.c.id).with_for_update())
         query = select(policy_lineages.c.lineage_id).where(policy_lineages.c.lineage_id.in_(page), *_WANTING)
         wanted = set(tx.execute(query.distinct()).scalars())
         gone = [lineage_id for lineage_id in page if lineage_id not in wanted]
@@ -274,20 +285,20 @@ def record_failure(
 
 def forget_certificate(tx: Connection, lineage_id: str, now: datetime) -> None:
     """Note that the certificate is gone: a new one is due at once if a policy wants it."""
-    tx.execute(
-        update(lineages)
-        .where(lineages.c.id == lineage_id)
-        .values(
-            certificate_id=None,
-            issuance_id=None,
-            not_before=None,
-            not_after=None,
-            renew_at=None,
-            served_at=None,
-            updated_at=now,
-        )
-    )
+    _make_due(tx, lineage_id, now, certificate_id=None)
     record_status(tx, lineage_id, "pending", now)
+
+
+def spoil(tx: Connection, lineage_id: str, now: datetime) -> None:
+    """Note that the certificate cannot be served: a new one is due at once if a policy wants it."""
+    _make_due(tx, lineage_id, now)
+    record_status(tx, lineage_id, "error", now)
+
+
+def _make_due(tx: Connection, lineage_id: str, now: datetime, **values: Any) -> None:
+    gone = {"issuance_id": None, "not_before": None, "not_after": None, "renew_at": None, "served_at": None}
+    row = update(lineages).where(lineages.c.id == lineage_id)
+    tx.execute(row.values(next_check_at=now, updated_at=now, **gone, **values))
 
 
 def record_status(tx: Connection, lineage_id: str, status: str, now: datetime) -> None:
@@ -325,27 +336,39 @@ class Unserved:
     certificate_id: str
     revision: int
     fingerprint: str
+    issuance_id: str | None
 
 
 def unserved(tx: Connection, after: str, limit: int) -> list[Unserved]:
     """Return a page of them, by lineage id (partial index)."""
-    query = (
-        select(lineages.c.id, certificates.c.id, certificates.c.revision, certificates.c.fingerprint)
-        .join(certificates, certificates.c.id == lineages.c.certificate_id)
-        .where(lineages.c.served_at.is_(None), lineages.c.certificate_id.is_not(None))
-        .where(certificates.c.revision.is_not(None), certificates.c.status == "active")
-        .order_by(lineages.c.id)
-        .limit(limit)
-    )
+    query = _UNSERVED.order_by(lineages.c.id).limit(limit)
     if after:
         query = query.where(lineages.c.id > after)
     return [Unserved(*row) for row in tx.execute(query)]
 
 
+def unserved_among(tx: Connection, ids: list[str]) -> dict[str, Unserved]:
+    """Return those of these lineages, by id."""
+    found = [row for page in pages(ids) for row in tx.execute(_UNSERVED.where(lineages.c.id.in_(page)))]
+    return {row[0]: Unserved(*row) for row in found}
+
+
+_UNSERVED = (
+    select(
+        lineages.c.id,
+        certificates.c.id,
+        certificates.c.revision,
+        certificates.c.fingerprint,
+        lineages.c.issuance_id,
+    )
+    .join(certificates, certificates.c.id == lineages.c.certificate_id)
+    .where(lineages.c.served_at.is_(None), lineages.c.certificate_id.is_not(None))
+    .where(certificates.c.revision.is_not(None), certificates.c.status == "active")
+)
+
+
 def record_served(tx: Connection, proved: Unserved, now: datetime) -> None:
     """Note that every live node serves this certificate, unless a newer one has come meanwhile."""
-    same = exists(
-        select(1).where(certificates.c.id == proved.certificate_id, certificates.c.revision == proved.revision)
-    )
-    row = update(lineages).where(lineages.c.id == proved.lineage_id, lineages.c.served_at.is_(None), same)
-    tx.execute(row.values(served_at=now))
+    row = update(lineages).where(lineages.c.id == proved.lineage_id, lineages.c.served_at.is_(None))
+    # Compared in the row itself: a look at another table would be older than the wait for this row's lock.
+    tx.execute(row.where(lineages.c.issuance_id == proved.issuance_id).values(served_at=now))

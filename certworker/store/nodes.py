@@ -32,7 +32,7 @@ class NodeStatus:
     @property
     def version(self) -> int | None:
         """Number of the version it proved to serve."""
-        number = (self.metadata or {}).get("version_number")
+        number = self._value("version_number")
         return number if isinstance(number, int) else None
 
     @property
@@ -45,17 +45,22 @@ class NodeStatus:
 
     @property
     def error(self) -> str | None:
-        error = (self.metadata or {}).get("error")
+        error = self._value("error")
         return error if isinstance(error, str) else None
 
     def _member(self, name: str) -> dict[str, Any]:
-        value = (self.metadata or {}).get(name)
+        value = self._value(name)
         return value if isinstance(value, dict) else {}
 
+    def _value(self, name: str) -> Any:
+        # Any program may write the column, anything.
+        return self.metadata.get(name) if isinstance(self.metadata, dict) else None
 
-def record(tx: Connection, heartbeat: Heartbeat) -> None:
-    """Write a node's newest heartbeat, with the database's time."""
+
+def record(tx: Connection, heartbeat: Heartbeat, agent: str | None = None) -> None:
+    """Write a node's newest heartbeat, with the database's time; `agent` says which program sent it."""
     metadata = {key: value for key, value in asdict(heartbeat).items() if key not in ("node_id", "version_id")}
+    metadata |= {"agent": agent, "revision": heartbeat.cursor.revision}
     known = None
     if heartbeat.version_id is not None:
         query = select(config_versions.c.id).where(config_versions.c.id == heartbeat.version_id)

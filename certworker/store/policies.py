@@ -53,6 +53,13 @@ def find(tx: Connection, policy_id: str) -> Policy | None:
     return None if row is None else to_value(Policy, row)
 
 
+def lock(tx: Connection, policy_id: str) -> Policy | None:
+    """Return one policy, locked until the commit."""
+    query = select(*columns_of(Policy, tls_policies)).where(tls_policies.c.id == policy_id).with_for_update()
+    row = tx.execute(query).first()
+    return None if row is None else to_value(Policy, row)
+
+
 def list_all(tx: Connection, *, after: str = "", limit: int = 1000) -> list[Policy]:
     """Return a page of policies by id, those after `after`."""
     query = select(*columns_of(Policy, tls_policies)).order_by(tls_policies.c.id).limit(limit)
@@ -129,15 +136,32 @@ def _manual_status(tx: Connection, policy: Policy) -> str:
     if policy.refused_names:
         return "error"
     names = [name for name in policy.domains if isinstance(name, str)]
-    found: dict[str, set[str]] = {}
-    for page in pages(names):
-        query = select(certificates.c.domain, certificates.c.status).where(certificates.c.domain.in_(page))
-        for domain, status in tx.execute(query):
-            found.setdefault(domain, set()).add(status)
+    found = _statuses_by_name(tx, names)
     lacking = [found.get(name, set()) for name in names if "active" not in found.get(name, set())]
     if any(lacking):
         return "error"
     return "pending" if lacking else "active"
+
+
+def _statuses_by_name(tx: Connection, names: list[str]) -> dict[str, set[str]]:
+    """Return the statuses of the certificates for each name: filed under it, or an upload that has it among others."""
+    found: dict[str, set[str]] = {}
+    for page in pages(names):
+        filed = select(certificates.c.domain, certificates.c.status).where(certificates.c.domain.in_(page))
+        for domain, status in tx.execute(filed):
+            found.setdefault(domain, set()).add(status)
+    uploads = select(certificates.c.dns_names, certificates.c.status).where(
+        certificates.c.lineage_id.is_(None), certificates.c.dns_names.is_not(None)
+    )
+    for dns_names, status in tx.execute(uploads):
+        for name in dns_names:
+            found.setdefault(name, set()).add(status)
+    return found
+
+
+def manual_ids(tx: Connection) -> list[str]:
+    """Return the policies whose certificates are uploaded."""
+    return list(tx.execute(select(tls_policies.c.id).where(tls_policies.c.mode == "manual")).scalars())
 
 
 def _reason(tx: Connection, policy: Policy) -> Any:

@@ -229,7 +229,7 @@ acme_accounts = _table(
     Column("credentials_json", Json, nullable=False),
     _created(),
     # ours
-    Column("is_default", Boolean, nullable=False, server_default=text("false")),
+    Column("is_default", Boolean, server_default=text("false")),
     Index(None, "directory_url"),
     # Two workers that make the first account at the same time end up with one.
     Index(
@@ -361,7 +361,14 @@ issuances = _table(
         "uq_issuances_open", "lineage_id", unique=True, sqlite_where=text(OPEN_STATE), postgresql_where=text(OPEN_STATE)
     ),
     Index("ix_issuances_due", "attempt_at", sqlite_where=text(OPEN_STATE), postgresql_where=text(OPEN_STATE)),
-    Index("uq_issuances_order_url", "order_url", unique=True),
+    # Of the open ones: a CA may hand out a pending order again after its issuance was closed.
+    Index(
+        "uq_issuances_order_url",
+        "order_url",
+        unique=True,
+        sqlite_where=text(OPEN_STATE),
+        postgresql_where=text(OPEN_STATE),
+    ),
     Index("uq_issuances_spki_sha256", "spki_sha256", unique=True),
     Index("ix_issuances_history", "lineage_id", "created_at"),
     Index(

@@ -191,7 +191,14 @@ _table(
         "uq_issuances_open", "lineage_id", unique=True, sqlite_where=text(OPEN_STATE), postgresql_where=text(OPEN_STATE)
     ),
     Index("ix_issuances_due", "attempt_at", sqlite_where=text(OPEN_STATE), postgresql_where=text(OPEN_STATE)),
-    Index("uq_issuances_order_url", "order_url", unique=True),
+    # Of the open ones: a CA may hand out a pending order again after its issuance was closed.
+    Index(
+        "uq_issuances_order_url",
+        "order_url",
+        unique=True,
+        sqlite_where=text(OPEN_STATE),
+        postgresql_where=text(OPEN_STATE),
+    ),
     Index("uq_issuances_spki_sha256", "spki_sha256", unique=True),
     Index("ix_issuances_history", "lineage_id", "created_at"),
     Index(
@@ -271,7 +278,7 @@ ADDED: dict[str, list[Column[Any]]] = {
         Column("revision", BigInteger),
     ],
     "config_versions": [Column("number", BigInteger), Column("digest", Text)],
-    "acme_accounts": [Column("is_default", Boolean, nullable=False, server_default=text("false"))],
+    "acme_accounts": [Column("is_default", Boolean, server_default=text("false"))],
 }
 
 INDEXES = {

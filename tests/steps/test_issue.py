@@ -8,7 +8,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from certworker.ca.client import ExternalAccount
+from certworker.core.certificate import Validity
 from certworker.core.issuance import State
+from certworker.core.renewal import Wait, decide_renewal, plan_renewal
 from certworker.errors import LeaseLost, TransportFault
 from certworker.steps.issue import Session, advance
 from certworker.steps.register import Registration
@@ -537,3 +539,120 @@ def test_a_plain_account_key_is_sealed(world: World) -> None:
     assert again is not None
     assert again.sealed
     assert len(world.ca.accounts) == 1
+
+
+@pytest.mark.parametrize(
+    "credentials", [{}, {"key": "garbage"}, {"key": "cw1.AAAA"}], ids=["no-key", "no-pem", "sealed"]
+)
+def test_an_account_row_that_cannot_be_used_is_told(world: World, credentials: dict[str, str]) -> None:
+    """Another program wrote it: a person has to mend it, and is told which row."""
+    world.execute(
+        "INSERT INTO acme_accounts (id, directory_url, credentials_json, created_at) VALUES "
+        "('7a0c0c5e-7a53-4f43-9f53-0a2b8d8f1c11', :url, :credentials, '2026-11-22T12:00:00.000000Z')",
+        url=world.ca.directory_url, credentials=json.dumps(credentials),
+    )  # fmt: skip
+    policy_id = world.add_policy("a.test")
+    world.take_over()
+    world.work()
+
+    error = world.lineage("a.test").error
+    assert error is not None
+    assert (error["class"], error["type"]) == ("action_required", "certworker:key")
+    assert world.policy_status(policy_id) == "error"
+
+
+def test_a_ca_that_is_busy_for_long_is_left_alone(world: World) -> None:
+    """After ten minutes it is asked every five only, and the issuance holds no place meanwhile."""
+    world.ca.processing_looks = 10**9
+    world.add_policy("a.test")
+    world.take_over()
+    (session,) = world.claim()
+    bench, waits = world.bench(), []
+    while len(waits) < 60:
+        advance(bench, session)
+        if session.wait_until is not None:
+            waits.append(session.wait_until - world.clock())
+            world.clock.now = session.wait_until
+
+    assert max(waits[:10]) <= timedelta(seconds=30)
+    assert waits[-1] == timedelta(minutes=5)
+
+
+def test_a_ca_that_ignores_finalize_is_not_hammered(world: World) -> None:
+    """`ready` after finalize: asked again after a pause that grows, never in a loop."""
+    world.add_policy("a.test")
+    world.take_over()
+    (session,) = world.claim()
+    bench, waits = world.bench(), []
+    for _ in range(200):
+        advance(bench, session)
+        for order in world.ca.orders.values():
+            if order.status == "processing":
+                order.status = "ready"
+        if session.issuance.state == State.FINALIZING and session.wait_until is not None:
+            waits.append(session.wait_until - world.clock())
+            world.clock.now = session.wait_until
+
+    assert world.ca.count("POST", "/finalize/*") <= 100
+    assert waits[-1] >= timedelta(seconds=10)
+
+
+def test_an_order_that_comes_back_is_used_again(world: World) -> None:
+    """Boulder hands out a pending order again after its issuance was closed; that is no conflict of ours."""
+    world.add_policy("a.test")
+    world.take_over()
+    world.work()
+    url = world.last_issuance("a.test").order_url
+    assert url is not None
+    lineage, now = world.lineage("a.test"), world.clock()
+    world.db.write(lambda tx: issuances.queue(tx, lineage.id, "forced", now))
+    (session,) = world.claim()
+
+    world.db.write(lambda tx: issuances.record(tx, session.issuance, now, order_url=url))
+
+    assert world.rows("SELECT count(*) FROM issuances WHERE order_url = :url", url=url) == [(2,)]
+
+
+def test_what_nobody_wants_any_more_is_not_ordered(world: World) -> None:
+    """The CA was down at newOrder and the policy is gone when it is back: no order, no certificate thrown away."""
+    world.ca.fail_next("POST", "/new-order", status=503, problem="serverInternal")
+    policy_id = world.add_policy("a.test")
+    world.take_over()
+    world.work()
+    world.db.write(lambda tx: policies.remove(tx, policy_id))
+    world.clock.move(timedelta(minutes=1))
+
+    world.work()
+
+    assert world.last_issuance("a.test").state == State.CANCELLED
+    assert world.ca.count("POST", "/new-order") == 1
+    assert world.ca.issued == []
+
+
+def test_a_certificate_that_is_finished_when_its_policy_is_paused_serves(world: World) -> None:
+    """Pausing stops renewals; what the CA has made already is not thrown away."""
+    policy_id = world.add_policy("a.test")
+    world.take_over()
+    (session,) = world.claim()
+    bench = world.bench()
+    while session.issuance.state != State.DOWNLOADED:
+        advance(bench, session)
+        if session.wait_until is not None:
+            world.clock.now = session.wait_until
+    now = world.clock()
+    world.db.write(lambda tx: policies.set_paused(tx, policy_id, now, now))
+
+    advance(bench, session)
+
+    assert session.issuance.state == State.DONE
+    assert world.policy_status(policy_id) == "active"
+
+
+def test_a_certificate_that_arrives_half_used_is_not_renewed_at_once(world: World) -> None:
+    """Backdated by more than the usual point of renewal: its life counts from the day it came."""
+    past = world.clock() - timedelta(hours=26)
+    leaf = Validity(past, past + timedelta(hours=48)).usable_from(world.clock())
+    decision = decide_renewal(world.clock(), leaf, plan_renewal(leaf, "some-lineage"))
+
+    assert isinstance(decision, Wait)
+    assert decision.until - world.clock() > timedelta(hours=8)

@@ -10,6 +10,7 @@ from certworker.core.issuance import State
 from certworker.steps.reconcile import SWEEP, reconcile
 from certworker.steps.scan import scan
 from certworker.store import certificates, policies
+from certworker.store.database import Database
 from certworker.store.lineages import Issuer
 
 from .world import World
@@ -246,3 +247,83 @@ def test_a_changed_wish_reaches_the_nodes(world: World) -> None:
     assert after is not None
     assert (after.revision or 0) > (before.revision or 0)
     assert after.fingerprint == before.fingerprint
+
+
+def certificate_of(world: World, dns_name: str) -> certificates.StoredCertificate:
+    lineage = world.lineage(dns_name)
+    row = world.db.read(lambda tx: certificates.find_of_lineage(tx, lineage.id))
+    assert row is not None
+    return row
+
+
+@pytest.mark.parametrize("how", ["key", "status"])
+def test_a_spoiled_certificate_of_ours_is_replaced(world: World, how: str) -> None:
+    """Its key was overwritten, or another program says it is revoked: error, and a new one at once."""
+    insert_policy(world, ["a.test"])
+    world.take_over()
+    world.work()
+    before = certificate_of(world, "a.test")
+    if how == "key":
+        world.execute("UPDATE certificates SET key_pem = 'garbage'")
+    else:
+        world.execute("UPDATE certificates SET status = 'error'")
+
+    reconcile(world.db, world.clock, world.wanted, world.sealer)
+
+    assert certificate_of(world, "a.test").status == "error"
+    assert world.policy_status(POLICY) == "error"
+    scan(world.db, world.clock)
+    world.work()
+    after = certificate_of(world, "a.test")
+    assert (after.id, after.status) == (before.id, "active")
+    assert after.fingerprint != before.fingerprint
+    assert world.policy_status(POLICY) == "active"
+
+
+def test_every_flip_of_a_foreign_certificate_is_in_the_audit_log(world: World) -> None:
+    """Stored as active, found to be expired: said so, with the reason."""
+    chain_pem, key_pem = pair_of(world, "m.test")
+    world.execute("DELETE FROM certificates")
+    world.clock.move(timedelta(days=100))
+    insert_certificate(world, chain_pem, key_pem)
+
+    reconcile(world.db, world.clock, world.wanted, world.sealer)
+
+    assert world.rows(f"SELECT status FROM certificates WHERE id = '{CERTIFICATE}'") == [("expired",)]
+    assert world.rows("SELECT count(*) FROM audit_logs WHERE action = 'certificate.expired'") == [(1,)]
+
+
+def test_an_upload_serves_all_the_names_it_has(world: World) -> None:
+    """A manual policy is active when an upload has its names, filed under whichever; and pending when it is deleted."""
+    world.add_policy("m.test", "n.test", shared=True)
+    world.take_over()
+    world.work()
+    row = certificate_of(world, "m.test")
+    key_pem = world.sealer.open(row.key_pem, table="certificates", column="key_pem", row_id=row.id)
+    world.execute("DELETE FROM certificates")
+    insert_policy(world, ["m.test", "n.test"], mode="manual")
+    insert_certificate(world, row.cert_pem, key_pem)
+    world.take_over()
+    assert world.policy_status(POLICY) == "active"
+
+    world.execute(f"DELETE FROM certificates WHERE id = '{CERTIFICATE}'")
+    world.take_over()
+    assert world.policy_status(POLICY) == "pending"
+
+
+def test_a_row_that_cannot_be_read_holds_up_no_other(sqlite_db: Database) -> None:
+    """Whatever is strange about it (PostgreSQL refuses these two): it is set aside, and the next one is taken."""
+    world = World(sqlite_db)
+    insert_policy(world, ["\ud800.test"], mode="manual")
+    good = world.add_policy("good.test")
+    chain_pem, key_pem = pair_of(world, "m.test")
+    world.execute("DELETE FROM certificates WHERE domain = 'm.test'")
+    insert_certificate(world, chain_pem, key_pem)
+    world.execute("UPDATE certificates SET key_pem = CAST(key_pem AS BLOB)")
+
+    world.take_over()
+    world.work()
+
+    assert world.policy_status(good) == "active"
+    assert world.rows(f"SELECT status FROM certificates WHERE id = '{CERTIFICATE}'") == [("error",)]
+    assert world.policy_status(POLICY) == "error"
