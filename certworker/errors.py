@@ -94,6 +94,8 @@ class SchemaError(StoreError):
 class SealError(StoreError):
     """A sealed value cannot be opened, or the key-encryption key is missing or wrong."""
 
+    exit_code = 2
+
 
 class LeaseLost(CertworkerError):
     """Another worker owns this issuance now."""

@@ -185,7 +185,9 @@ class _Wait:
         app.db.write(lambda tx: workers.enter(tx, worker_id, socket.gethostname(), os.getpid(), version("certworker")))
         self._stack.callback(app.db.write, lambda tx: workers.leave(tx, worker_id))
         expire(app.db, app.clock)
-        crew = Crew(wiring.make_bench(app, self._note), worker_id, app.settings.concurrency, only)
+        crew = Crew(
+            wiring.make_bench(app, self._note), worker_id, app.settings.concurrency, only, may_order=self._can_answer
+        )
         responder = wiring.make_responder(app, crew.fetched)
         responder.start()
         self._stack.callback(responder.stop)
@@ -198,6 +200,9 @@ class _Wait:
             self._node.start()
         self._stack.callback(crew.stop)
         crew.start()
+
+    def _can_answer(self) -> bool:
+        return self._node is None or self._node.answers
 
     def _note(self, session: Session) -> None:
         if not session.issuance.is_open:

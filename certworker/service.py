@@ -59,7 +59,7 @@ class Service:
         self._stopping = threading.Event()
         try:
             self._bench = wiring.make_bench(app, self._moved)
-            self._crew = Crew(self._bench, self._worker_id, app.settings.concurrency)
+            self._crew = Crew(self._bench, self._worker_id, app.settings.concurrency, may_order=self._can_answer)
             self._responder = wiring.make_responder(app, self._crew.fetched)
             self._node = EmbeddedNode(agent, self._verify) if (agent := wiring.make_agent(app)) is not None else None
             self._timetable = Timetable(self._jobs())
@@ -108,6 +108,10 @@ class Service:
                 last.callback(self._node.stop)
             last.callback(self._crew.stop)
             last.callback(self._timetable.stop)
+
+    def _can_answer(self) -> bool:
+        """Say whether this machine's own proxy, if there is one, answers challenges."""
+        return self._node is None or self._node.answers
 
     def _going(self) -> bool:
         return not self._stopping.is_set()
@@ -160,7 +164,7 @@ class Service:
             _log.error("publish.refused", extra={"fault": str(fault)})
         for warning in done.warnings:
             _log.warning("publish.warning", extra={"warning": warning})
-        if done.version is not None and not done.faults:
+        if done.version is not None and done.changed:
             _log.info("version.published", extra={"number": done.version.number})
         if self._node is not None:
             self._node.poke()
@@ -222,6 +226,7 @@ class EmbeddedNode:
         self._agent = agent
         self._proved = proved
         self._cursor: Cursor | None = None
+        self._answers = False
         self._wake = threading.Event()
         self._stopping = False
         self._said: str | None = None
@@ -232,6 +237,11 @@ class EmbeddedNode:
         """Take the first step here, so that the listeners are up before the first challenge; then go on."""
         self._step()
         self._thread.start()
+
+    @property
+    def answers(self) -> bool:
+        """Whether the proxy serves a version, and with it the challenge route; true while there is none to serve."""
+        return self._answers
 
     def poke(self) -> None:
         """Look now."""
@@ -262,6 +272,7 @@ class EmbeddedNode:
         try:
             heartbeat = self._agent.step()
             error = heartbeat.error
+            self._answers = heartbeat.version_id is not None or error is None
             if heartbeat.cursor != self._cursor:
                 self._proved()
             self._cursor = heartbeat.cursor

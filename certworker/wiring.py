@@ -188,7 +188,9 @@ def make_bench(app: App, moved: Callable[[Session], None]) -> Bench:
     client = Client(s.acme_directory_url, transport, app.clock)
     secret = s.acme_eab_hmac_key.get_secret_value() if s.acme_eab_hmac_key else ""
     external = ExternalAccount(s.acme_eab_kid, secret) if s.acme_eab_kid else None
-    registration = Registration(s.acme_directory_url, tuple(s.acme_contact), s.acme_tos_agreed, external)
+    registration = Registration(
+        s.acme_directory_url, tuple(s.acme_contact), s.acme_tos_agreed, external, s.acme_private_ca
+    )
     accounts = Accounts(app.db, client, app.sealer, app.clock, registration)
     return Bench(
         app.db, client, accounts, app.sealer, app.clock, random.SystemRandom().random,

@@ -3,8 +3,9 @@
 import json
 import sys
 import tomllib
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from certworker import wiring
 from certworker.cli.main import settings_of
 from certworker.cli.output import json_option, print_json
 from certworker.core.document import complete
-from certworker.core.gateway import build, show
+from certworker.core.gateway import Fault, build, show
 from certworker.errors import InputError
 from certworker.store import audit, gateway
 from certworker.store.database import Transaction
@@ -31,16 +32,22 @@ def config() -> None:
     """The gateway's tables as one document."""
 
 
+_form_option = click.option(
+    "--format", "form", type=click.Choice(["toml", "yaml", "json"]), help="Default: by FILE's ending, else TOML."
+)
+
+
 @config.command()
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
+@_form_option
 @json_option
 @click.pass_context
-def apply(ctx: click.Context, file: Path, as_json: bool) -> None:
+def apply(ctx: click.Context, file: Path, form: str | None, as_json: bool) -> None:
     """Make the tables that FILE (TOML, YAML or JSON; - for standard input) names hold exactly its rows.
 
     Tables it does not name stay as they are. Anything wrong in it changes nothing.
     """
-    document = _read(file)
+    document = _read(file, form or _form_of(file))
     app = wiring.open_app(settings_of(ctx))
     changed = app.db.write(lambda tx: _apply(tx, app, document))
     warnings = app.db.read(lambda tx: build(gateway.read(tx), app.defaults)).warnings
@@ -55,9 +62,7 @@ def apply(ctx: click.Context, file: Path, as_json: bool) -> None:
 
 @config.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
-@click.option(
-    "--format", "form", type=click.Choice(["toml", "yaml", "json"]), help="Default: by FILE's ending, else TOML."
-)
+@_form_option
 @click.pass_context
 def export(ctx: click.Context, file: Path | None, form: str | None) -> None:
     """Print the tables, or write them to FILE, as `apply` reads them."""
@@ -82,13 +87,20 @@ def _apply(tx: Transaction, app: App, document: dict[str, Any]) -> dict[str, int
     changed = gateway.replace(tx, rows, now)
     faults = [fault for fault in build(gateway.read(tx), app.defaults).faults if fault not in known]
     if faults:
-        raise InputError("; ".join(str(fault) for fault in faults[:5]))  # rolls the transaction back
+        numbers = {row["id"]: number for table in rows.values() for number, row in enumerate(table, 1)}
+        raise InputError("; ".join(_say(fault, numbers) for fault in faults[:5]))  # rolls the transaction back
     if any(changed.values()):
         audit.record(tx, "config.applied", {"changed": changed}, now, actor="operator")
     return changed
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _say(fault: Fault, numbers: Mapping[str, int]) -> str:
+    """Name a faulty row by its place in the document: an id that was made a moment ago helps nobody."""
+    number = numbers.get(fault.row_id)
+    return str(fault if number is None else replace(fault, row_id=str(number)))
+
+
+def _read(file: Path, form: str) -> dict[str, Any]:
     try:
         with nullcontext(sys.stdin) if str(file) == "-" else file.open(encoding="utf-8") as source:
             content = source.read(_LARGEST + 1)
@@ -98,7 +110,6 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {file}: it is not UTF-8 text") from None
     if len(content) > _LARGEST:
         raise InputError(f"{file}: has more than {_LARGEST} characters")
-    form = _form_of(file)
     try:
         document = _parse(content, form)
     except RecursionError:
@@ -156,8 +167,13 @@ def _print(document: dict[str, Any], form: str) -> str:
         return json.dumps(document, indent=2) + "\n"
     if form == "yaml":
         return str(yaml.safe_dump(document, sort_keys=False))
-    # TOML has no null: a column that is left out is null.
-    rows = {
-        name: [{k: v for k, v in row.items() if v is not None} for row in table] for name, table in document.items()
-    }
-    return tomli_w.dumps(rows)
+    return tomli_w.dumps({name: [_without_null(row) for row in table] for name, table in document.items()})
+
+
+def _without_null(value: Any) -> Any:
+    """TOML has no null: what is left out is null."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_null(item) for item in value if item is not None]
+    return value

@@ -14,8 +14,8 @@ _SHARED: list[structlog.typing.Processor] = [
 ]
 
 
-def start_logging(settings: Settings) -> None:
-    """Send every log line of the program to stderr in the format of the settings."""
+def start_logging(settings: Settings, *, at_least: int = logging.DEBUG) -> None:
+    """Send every log line of the program, those below `at_least` left out, to stderr in the settings' format."""
     text = settings.log_format == "text" or (settings.log_format is None and sys.stderr.isatty())
     last: structlog.typing.Processor
     last = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text else structlog.processors.JSONRenderer()
@@ -29,7 +29,8 @@ def start_logging(settings: Settings) -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
-    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
+    level = max(logging.getLevelNamesMapping()[settings.log_level.upper()], at_least)
+    logging.basicConfig(handlers=[handler], level=level, force=True)
     # A library's debug lines show what it sends and receives, tokens included.
     for noisy in ("uvicorn", "asyncio", "apscheduler", "sqlalchemy", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

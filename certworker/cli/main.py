@@ -5,6 +5,7 @@ Exit codes: 0 done or nothing to do, 1 something failed (the rest was done), 2 w
 called: a short one does not pay for what a long one needs.
 """
 
+import signal
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -65,6 +66,8 @@ def settings_of(ctx: click.Context) -> Settings:
 
 def main() -> None:
     """Run a command and end the process with its exit code."""
+    # A shell that starts it in the background has SIGINT ignored; Ctrl-C and `kill -INT` work all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))
 
 

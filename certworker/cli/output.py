@@ -9,6 +9,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+_PIPE_WIDTH = 10_000
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
@@ -24,7 +26,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         column.overflow = "fold"
     for row in rows:
         table.add_row(*("" if cell is None else show(cell) for cell in row))
-    Console(highlight=False, markup=False, soft_wrap=False).print(table)
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH  # nothing is folded for a program that reads it
+    console.print(table)
 
 
 def show(cell: object) -> str:

@@ -1,11 +1,13 @@
 """`renew`: one shot."""
 
+import logging
 from datetime import timedelta
 
 import click
 from rich.console import Console
 
 from certworker import wiring
+from certworker.cli.logs import start_logging
 from certworker.cli.main import settings_of
 from certworker.cli.output import json_option, print_json
 from certworker.oneshot import Renewal, Watcher
@@ -26,7 +28,9 @@ from certworker.steps.renew import Outcome, Ticket
 @click.pass_context
 def renew(ctx: click.Context, names: tuple[str, ...], force: bool, dry_run: bool, timeout: float, as_json: bool) -> int:
     """One shot: everything due, or the names given; ends when nothing due is left."""
-    app = wiring.open_app(settings_of(ctx))
+    settings = settings_of(ctx)
+    start_logging(settings, at_least=logging.ERROR)
+    app = wiring.open_app(settings)
     try:
         done = run_renewal(
             app, names, force=force, dry_run=dry_run, timeout=timedelta(seconds=timeout), watch=_Progress()

@@ -110,7 +110,10 @@ _T, _V, _R, _P, _X = ErrorClass
 _GRAVITY = {error_class: gravity for gravity, error_class in enumerate(ErrorClass)}
 
 _EVERYWHERE: dict[str, tuple[ErrorClass, str]] = {
-    "accountDoesNotExist": (_X, "the CA no longer knows this account; register it again with the same key"),
+    "accountDoesNotExist": (
+        _X,
+        "the CA no longer knows this account; to register it anew, clear account_url in acme_accounts",
+    ),
     "alreadyReplaced": (_T, "the certificate was replaced already; the order is made once more without saying so"),
     "alreadyRevoked": (_P, "the certificate was revoked already; nothing is left to do"),
     "badCSR": (_P, "the CA refuses the certificate request; check KEY_TYPE and the names"),

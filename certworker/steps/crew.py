@@ -40,7 +40,9 @@ class Crew:
         concurrency: int,
         only: list[str] | None = None,
         heartbeat: timedelta = issuances.HEARTBEAT,
+        may_order: Callable[[], bool] = lambda: True,
     ) -> None:
+        """Work on what is due while `may_order`: a CA that looks before a proxy can answer fails the name."""
         self._bench = bench
         self._worker_id = worker_id
         self._concurrency = concurrency
@@ -55,6 +57,7 @@ class Crew:
         self._cut = threading.Event()
         """Set when nothing more is seen through."""
         self._heartbeat = heartbeat
+        self._may_order = may_order
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -146,8 +149,9 @@ class Crew:
 
     def _claim(self, now: datetime, room: int) -> None:
         db, claimed, claim_at = self._bench.db, list[Issuance](), now + _POLL
+        directory_url = self._bench.accounts.directory_url
         try:
-            claimed = db.write(lambda tx: issuances.claim(tx, self._worker_id, now, room, self._only))
+            claimed = db.write(lambda tx: issuances.claim(tx, self._worker_id, now, room, self._only, directory_url))
             if len(claimed) < room:
                 upcoming = db.read(issuances.next_attempt_at)
                 claim_at = claim_at if upcoming is None else min(claim_at, max(upcoming, now + _AFTER_FETCH))
@@ -235,7 +239,7 @@ class Crew:
 
     def _may_claim(self, now: datetime) -> bool:
         room = self._concurrency - len(self._in_work) - len(self._waiting)
-        if self._stopping.is_set():
+        if self._stopping.is_set() or not self._may_order():
             return False
         return not self._claiming and room > 0 and (self._claim_at is None or self._claim_at <= now)
 

@@ -98,7 +98,7 @@ def advance(bench: Bench, session: Session) -> None:
     except ChainRefused as error:
         _refuse_chain(bench, session, classify(error, Endpoint.CERTIFICATE))
     except CaError as error:
-        _record_trouble(bench, session, classify(error, _ENDPOINTS.get(action, Endpoint.ORDER)))
+        _meet(bench, session, classify(error, _ENDPOINTS.get(action, Endpoint.ORDER)))
     if session.issuance is not before:
         bench.moved(session)
 
@@ -260,7 +260,7 @@ def _explain_failure(bench: Bench, session: Session) -> None:
     if failure.error_class is ErrorClass.VALIDATION:
         refused = next((a.dns_name for a in authorizations if a.status is AuthorizationStatus.INVALID), None)
         name = refused or session.lineage.dns_names[0]
-        failure = replace(failure, hint=f"{failure.hint}; from here {name} has {bench.look_up(name)}")
+        failure = replace(failure, hint=f"{failure.hint}; seen from here, {name}: {bench.look_up(name)}")
     _fail(bench, session, failure)
 
 
@@ -339,12 +339,24 @@ def _check(session: Session, chain_pem: str, now: datetime) -> Chain:
 
 _GOES_ON = (ErrorClass.TRANSIENT, ErrorClass.RATE_LIMITED)
 _KEY_UNUSABLE = "mend the row or the setting that it names; then `certworker renew`"
+_ACCOUNT_UNKNOWN = "urn:ietf:params:acme:error:accountDoesNotExist"
 _ACCOUNT_GONE = "a new order is made with the account that is used now; see acme_accounts"
 _ENDS_ORDER = ("certworker:order-lost", "certworker:order-expired")
 
 
+def _meet(bench: Bench, session: Session, failure: Failure) -> None:
+    """Record trouble; a CA that cannot be asked for the account either is trouble of its own."""
+    try:
+        _record_trouble(bench, session, failure)
+    except CaError as error:
+        _put_off(bench, session, classify(error, Endpoint.ACCOUNT))
+
+
 def _record_trouble(bench: Bench, session: Session, failure: Failure) -> None:
     """Keep the issuance and try the same action later, or close it if that cannot help."""
+    if failure.type == _ACCOUNT_UNKNOWN and bench.accounts.recover(session.issuance.account_id or ""):
+        _fail(bench, session, replace(failure, error_class=ErrorClass.TRANSIENT, hint=_ACCOUNT_GONE))
+        return
     if failure.error_class in _GOES_ON and failure.type not in _ENDS_ORDER:
         _put_off(bench, session, failure)
     else:
@@ -400,9 +412,13 @@ def describe(failure: Failure, now: datetime, retry_at_: datetime | None) -> dic
     """Return a failure as it is kept in `error` columns and shown by `status`."""
     return {
         "class": failure.error_class.value, "type": failure.type, "detail": failure.detail, "hint": failure.hint,
-        "at": now.isoformat(), "retry_at": None if retry_at_ is None else retry_at_.isoformat(),
+        "at": _shown(now), "retry_at": None if retry_at_ is None else _shown(retry_at_),
         "asked_by": None if failure.retry_after is None else "ca",
     }  # fmt: skip
+
+
+def _shown(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
 
 
 def open_session(db: Database, issuance: Issuance) -> Session:

@@ -24,6 +24,8 @@ class Published:
     faults: tuple[Fault, ...] = ()
     """Why the newest rows are not; the version before stands."""
     warnings: tuple[str, ...] = ()
+    changed: bool = False
+    """Whether it is a new version."""
 
 
 def publish(db: Database, clock: Clock, defaults: Defaults, *, created_by: str = audit.WORKER) -> Published:
@@ -57,7 +59,7 @@ def _publish(tx: Connection, clock: Clock, defaults: Defaults, created_by: str) 
     before = None if current is None else current.number
     diff = {"table": "config_versions", "id": version.id, "before": before, "after": version.number}
     audit.record(tx, "config.published", diff, clock(), actor=created_by)
-    return Published(version, warnings=built.warnings)
+    return Published(version, warnings=built.warnings, changed=True)
 
 
 def _refuse(tx: Connection, clock: Clock, faults: list[str]) -> None:

@@ -26,6 +26,8 @@ class Registration:
     """`mailto:` URLs."""
     terms_agreed: bool = False
     external: ExternalAccount | None = field(default=None, repr=False)
+    private_ca: bool = False
+    """Whether an account that the CA has forgotten is registered again without asking a person."""
 
 
 class Accounts:
@@ -39,6 +41,11 @@ class Accounts:
         self._registration = registration
         self._lock = threading.Lock()
         self._opened: dict[str, Account] = {}
+
+    @property
+    def directory_url(self) -> str:
+        """The CA that these accounts are at."""
+        return self._registration.directory_url
 
     def default(self) -> tuple[str, Account]:
         """Return id and account for new orders, registering it if that has not been done.
@@ -63,6 +70,25 @@ class Accounts:
                     raise AccountGone("the account of this order was deleted from acme_accounts")
                 self._open(stored)
             return self._opened[account_id]
+
+    def recover(self, account_id: str) -> bool:
+        """The CA does not know the account's URL: find it by its key, or let it be made again with the same key.
+
+        Made again only at a private or test CA, which may have been reset; at a public one a new URL
+        would break CAA records that name the old one (RFC 8657 §3), so a person decides. Return whether
+        it can go on.
+        """
+        with self._lock:
+            stored = self._db.read(lambda tx: accounts.find(tx, account_id))
+            if stored is None:
+                return True  # there is nothing to recover: the next order takes another one
+            self._opened.pop(account_id, None)
+            found = self._client.find_account(AccountKey.from_pem(stored.open_key(self._sealer)))
+            if found is None and not self._registration.private_ca:
+                return False
+            now, url = self._clock(), None if found is None else found.url
+            self._db.write(lambda tx: accounts.record_moved(tx, account_id, url, now))
+            return True
 
     def _seal(self, stored: StoredAccount) -> None:
         """Seal a key that another program wrote as plain PEM."""
@@ -97,7 +123,8 @@ class Accounts:
         return found
 
     def _open(self, stored: StoredAccount) -> Account:
-        if stored.id not in self._opened:
+        opened = self._opened.get(stored.id)
+        if opened is None or opened.url != (stored.account_url or ""):
             key = AccountKey.from_pem(stored.open_key(self._sealer))
             self._opened[stored.id] = Account(stored.account_url or "", key)
         return self._opened[stored.id]

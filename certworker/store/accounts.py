@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, false, func, select, update
 
 from certworker.errors import InputError
+from certworker.store import audit
 from certworker.store.rows import columns_of, insert_new, new_id, to_value
 from certworker.store.seal import Sealer, is_sealed
 from certworker.store.tables import acme_accounts
@@ -97,3 +98,15 @@ def seal(tx: Connection, account: StoredAccount, sealer: Sealer) -> None:
     place = {"table": "acme_accounts", "column": "credentials_json", "row_id": account.id}
     credentials = {**account.credentials_json, "key": sealer.seal(account.open_key(sealer), **place)}
     tx.execute(update(acme_accounts).where(acme_accounts.c.id == account.id).values(credentials_json=credentials))
+
+
+def record_moved(tx: Connection, account_id: str, account_url: str | None, now: datetime) -> None:
+    """Keep an account's new URL, or None to have it registered again, with an audit row."""
+    account = find(tx, account_id)
+    if account is None:
+        return
+    before, after = {"account_url": account.account_url}, {"account_url": account_url}
+    diff = {"table": "acme_accounts", "id": account_id, "before": before, "after": after}
+    audit.record(tx, "account.forgotten" if account_url is None else "account.moved", diff, now)
+    credentials = {**account.credentials_json, **after}
+    tx.execute(update(acme_accounts).where(acme_accounts.c.id == account_id).values(credentials_json=credentials))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, literal, or_, select, text, update
+from sqlalchemy import Connection, exists, literal, or_, select, text, update
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
@@ -126,10 +126,18 @@ def history(tx: Connection, lineage_id: str, limit: int = 20) -> list[Issuance]:
     return [to_value(Issuance, row) for row in tx.execute(query)]
 
 
-def claim(tx: Connection, worker: str, now: datetime, limit: int, only: list[str] | None = None) -> list[Issuance]:
+def claim(
+    tx: Connection,
+    worker: str,
+    now: datetime,
+    limit: int,
+    only: list[str] | None = None,
+    directory_url: str | None = None,
+) -> list[Issuance]:
     """Lease up to `limit` due issuances to `worker`, longest due first, and return them.
 
-    `only` restricts it to these ids, for a one-shot run that was given names.
+    `only` restricts it to these ids, for a one-shot run that was given names; `directory_url` to the CA
+    that the worker speaks with.
     """
     free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
     query = (
@@ -141,6 +149,9 @@ def claim(tx: Connection, worker: str, now: datetime, limit: int, only: list[str
     )
     if only is not None:
         query = query.where(issuances.c.id.in_(only))
+    if directory_url is not None:
+        of_ca = (lineages.c.id == issuances.c.lineage_id, lineages.c.directory_url == directory_url)
+        query = query.where(exists(select(1).where(*of_ca)))
     ids = list(tx.execute(query).scalars())
     if not ids:
         return []

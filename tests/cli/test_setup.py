@@ -62,13 +62,13 @@ def test_a_missing_database_is_not_made_by_the_way(bare: Cli, command: tuple[str
 
 @pytest.mark.parametrize("command", [("policy", "list"), ("status",), ("renew",), ("run",), ("init",)], ids=" ".join)
 def test_another_key_is_found_before_any_work(cli: Cli, command: tuple[str, ...]) -> None:
-    """A key that is not the database's: one line, exit code 1, nothing changed, nothing of the key shown."""
+    """A key that is not the database's: one line, exit code 2, nothing changed, nothing of the key shown."""
     content = cli.content()
     other = base64.b64encode(bytes(32))
     (cli.data / "kek").write_bytes(other)
 
     done = cli(*command)
-    done.refused(1, "key-encryption key")
+    done.refused(2, "key-encryption key")
     assert other.decode() not in done.err
     assert cli.content() == content
 
@@ -91,14 +91,14 @@ def test_a_bad_key_file_is_one_line(cli: Cli, content: bytes | None, mode: int, 
         key.write_bytes(content)
         key.chmod(mode)
 
-    cli("status").refused(1, said, str(key))
+    cli("status").refused(2, said, str(key))
 
 
 def test_init_does_not_hide_a_lost_key(cli: Cli) -> None:
     """A new key beside a sealed database would only look as if all were well."""
     (cli.data / "kek").unlink()
 
-    cli("init").refused(1, "restore that file from your backup")
+    cli("init").refused(2, "restore that file from your backup")
     assert not (cli.data / "kek").exists()
 
 

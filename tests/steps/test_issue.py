@@ -656,3 +656,59 @@ def test_a_certificate_that_arrives_half_used_is_not_renewed_at_once(world: Worl
 
     assert isinstance(decision, Wait)
     assert decision.until - world.clock() > timedelta(hours=8)
+
+
+@pytest.mark.parametrize("private_ca", [True, False])
+def test_a_ca_that_was_reset(world: World, private_ca: bool) -> None:
+    """It knows the account no more: a private one gets the same key again, at a public one a person decides."""
+    world.registration = Registration(world.ca.directory_url, terms_agreed=True, private_ca=private_ca)
+    world.issue("a.test")
+    world.ca.restart()
+    world.add_policy("b.test")
+    world.take_over()
+    world.work()
+    world.clock.move(timedelta(minutes=1))
+    world.take_over()
+    world.work()
+
+    assert world.count("acme_accounts") == 1
+    if private_ca:
+        assert world.lineage("b.test").status == "active"
+        assert world.rows("SELECT count(*) FROM audit_logs WHERE action = 'account.forgotten'") == [(1,)]
+    else:
+        error = world.lineage("b.test").error
+        assert error is not None
+        assert error["class"] == "action_required"
+        assert "account_url" in error["hint"]
+        assert len(world.ca.accounts) == 0
+
+
+def test_an_account_that_moved_is_found_by_its_key(world: World) -> None:
+    """The CA knows the key under another URL (RFC 8555 §7.3.1): that one is used from then on."""
+    world.issue("a.test")
+    world.execute("UPDATE acme_accounts SET credentials_json = " + (
+        "json_set(credentials_json, '$.account_url', 'https://ca.test/account/999')" if world.db.embedded else
+        """jsonb_set(credentials_json, '{account_url}', '"https://ca.test/account/999"')"""))  # fmt: skip
+    world.add_policy("b.test")
+    world.take_over()
+    world.work()
+    world.clock.move(timedelta(minutes=1))
+    world.take_over()
+    world.work()
+
+    assert world.lineage("b.test").status == "active"
+    assert len(world.ca.accounts) == 1
+
+
+def test_a_worker_takes_only_what_its_ca_is_to_issue(world: World) -> None:
+    """An issuance for another CA waits for a worker that speaks with that one."""
+    world.add_policy("a.test")
+    world.take_over()
+    now = world.clock()
+
+    other = world.db.write(
+        lambda tx: issuances.claim(tx, world.worker, now, 10, directory_url="https://other-ca.test/directory")
+    )
+    ours = world.db.write(lambda tx: issuances.claim(tx, world.worker, now, 10, directory_url=world.ca.directory_url))
+
+    assert (len(other), len(ours)) == (0, 1)
