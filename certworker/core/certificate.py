@@ -130,6 +130,8 @@ def _read_blocks(chain_pem: str) -> list[x509.Certificate]:
 
 
 def _describe(certificate: x509.Certificate) -> Leaf:
+    if certificate.serial_number <= 0:
+        raise ChainRefused("the certificate's serial number is not positive (RFC 5280 §4.1.2.2)")
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names = extension.value.get_values_for_type(x509.DNSName)
