@@ -362,7 +362,9 @@ def test_fetches_are_told(start: Start) -> None:
         assert get(responder)[0] == 200
     release.set()
 
-    await_true(lambda: told == [TOKEN, TOKEN])
+    # One call for the four; a second one if the last of them was told only after the release.
+    await_true(lambda: len(told) >= 2)
+    assert told in ([TOKEN] * 2, [TOKEN] * 3)
 
 
 def test_stop_frees_the_port(start: Start) -> None:

@@ -153,7 +153,7 @@ class Crew:
         try:
             claimed = db.write(lambda tx: issuances.claim(tx, self._worker_id, now, room, self._only, directory_url))
             if len(claimed) < room:
-                upcoming = db.read(issuances.next_attempt_at)
+                upcoming = db.read(lambda tx: issuances.next_attempt_at(tx, self._only, directory_url))
                 claim_at = claim_at if upcoming is None else min(claim_at, max(upcoming, now + _AFTER_FETCH))
             sessions = [open_session(db, issuance) for issuance in claimed]
         finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, exists, literal, or_, select, text, update
+from sqlalchemy import Connection, Select, exists, literal, or_, select, text, update
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
@@ -147,12 +147,7 @@ def claim(
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    if only is not None:
-        query = query.where(issuances.c.id.in_(only))
-    if directory_url is not None:
-        of_ca = (lineages.c.id == issuances.c.lineage_id, lineages.c.directory_url == directory_url)
-        query = query.where(exists(select(1).where(*of_ca)))
-    ids = list(tx.execute(query).scalars())
+    ids = list(tx.execute(_restrict(query, only, directory_url)).scalars())
     if not ids:
         return []
     leased = update(issuances).where(issuances.c.id.in_(ids)).values(
@@ -218,10 +213,20 @@ def cancel_unclaimed(tx: Connection, lineage_id: str, now: datetime) -> bool:
     return tx.execute(cancelled).rowcount == 1
 
 
-def next_attempt_at(tx: Connection) -> datetime | None:
-    """Return when the next unclaimed issuance is due."""
+def next_attempt_at(tx: Connection, only: list[str] | None = None, directory_url: str | None = None) -> datetime | None:
+    """Return when the next unclaimed issuance is due, of those that `claim` would take."""
     query = select(issuances.c.attempt_at).where(_OPEN, issuances.c.lease_until.is_(None))
+    query = _restrict(query, only, directory_url)
     return tx.execute(query.order_by(issuances.c.attempt_at).limit(1)).scalar()
+
+
+def _restrict(query: Select[Any], only: list[str] | None, directory_url: str | None) -> Select[Any]:
+    if only is not None:
+        query = query.where(issuances.c.id.in_(only))
+    if directory_url is not None:
+        of_ca = (lineages.c.id == issuances.c.lineage_id, lineages.c.directory_url == directory_url)
+        query = query.where(exists(select(1).where(*of_ca)))
+    return query
 
 
 def bring_forward(tx: Connection, issuance_id: str, now: datetime) -> None:
