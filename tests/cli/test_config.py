@@ -220,3 +220,25 @@ def test_an_export_obeys_the_umask(cli: Cli) -> None:
     path = cli.folder / "out.toml"
     cli("config", "export", str(path))
     assert stat.S_IMODE(Path(path).stat().st_mode) & 0o400
+
+
+@pytest.mark.parametrize("form", ["toml", "yaml", "json"])
+def test_standard_input_in_every_form(cli: Cli, write: Write, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """What `export --format` prints, `apply - --format` reads, and nothing changes."""
+    cli("config", "apply", write("gateway.toml", DOCUMENT))
+    monkeypatch.setattr("sys.stdin", io.StringIO(cli("config", "export", "--format", form).out))
+
+    again = cli("config", "apply", "-", "--format", form, "--json")
+
+    assert again.code == 0, again
+    assert set(again.json["changed"].values()) == {0}
+
+
+def test_a_null_inside_a_column_is_left_out_of_toml(cli: Cli, write: Write) -> None:
+    """TOML has none; another program's JSON may."""
+    cli("config", "apply", write("gateway.json", json.dumps({
+        "upstream_pools": [{"name": "web", "health_check": {"kind": "tcp", "timeout_ms": None}}]})))  # fmt: skip
+    shown = cli("config", "export")
+
+    assert shown.code == 0, shown
+    assert tomllib.loads(shown.out)["upstream_pools"][0]["health_check"] == {"kind": "tcp"}

@@ -369,3 +369,13 @@ def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
     (target,) = gateway(target={"address": address}).snapshot.pools[0].targets
 
     assert (target.host, target.port) == parts
+
+
+@pytest.mark.parametrize(("port", "warned"), [(80, True), (8080, False)])
+def test_a_port_route_on_port_80_is_warned_about(port: int, warned: bool) -> None:
+    """It is allowed, and swallows every HTTP-01 challenge."""
+    built = gateway(listener={"port": port}, route={"type": "port"})
+
+    assert built.faults == ()
+    assert bool(built.warnings) is warned
+    assert gateway(listener={"port": port}).warnings == ()

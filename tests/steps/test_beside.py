@@ -1,6 +1,7 @@
 """The steps beside the issuing: scan, expire, publish, verify, reap, and requests of a person."""
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -15,7 +16,7 @@ from certworker.steps.reap import HISTORY, TOKENS, reap
 from certworker.steps.renew import outcome, request
 from certworker.steps.scan import scan
 from certworker.steps.verify import verify
-from certworker.store import certificates, counters, gateway, nodes, policies, versions
+from certworker.store import certificates, counters, gateway, lineages, nodes, policies, versions
 from certworker.store.rows import new_id
 
 from .world import World
@@ -200,6 +201,30 @@ def test_a_renewal_has_to_be_proved_anew(world: World) -> None:
 
     assert world.lineage("a.test").served_at is None
     assert verify(world.db, world.clock, SILENT) == 0
+
+
+def test_a_newer_certificate_is_not_called_served_by_an_older_proof(world: World) -> None:
+    """What the node proved was another issuance's; a renewal has come between the look and the note."""
+    lineage = world.issue("a.test")
+    (seen,) = world.db.read(lambda tx: lineages.unserved(tx, "", 10))
+    now = world.clock()
+
+    world.db.write(lambda tx: lineages.record_served(tx, replace(seen, issuance_id=new_id()), now))
+    assert world.lineage("a.test").served_at is None
+    world.db.write(lambda tx: lineages.record_served(tx, seen, now))
+    assert world.lineage(lineage.dns_names[0]).served_at == now
+
+
+@pytest.mark.parametrize("metadata", ["[1]", '"text"', "7", '{"cursor": 3, "unserved": [], "error": {}}'])
+def test_metadata_of_another_program_stops_nothing(world: World, metadata: str) -> None:
+    """Any JSON may stand in node_status; a node that proves nothing is not counted as serving."""
+    world.issue("a.test")
+    beat(world, "n1", revision_of(world))
+    world.execute("UPDATE node_status SET metadata = :metadata", metadata=metadata)
+
+    assert verify(world.db, world.clock, SILENT) == 0
+    (node,) = world.db.read(nodes.list_all)
+    assert (node.revision, node.version, node.error) == (0, None, None)
 
 
 # -- reap ---------------------------------------------------------------------------------------------

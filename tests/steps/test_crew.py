@@ -269,3 +269,26 @@ def lease_of(world: World, issuance_id: str) -> datetime:
         lambda tx: tx.execute(select(table.c.lease_until).where(table.c.id == issuance_id)).scalar_one()
     )
     return lease
+
+
+def test_nothing_is_claimed_while_no_proxy_answers(world: World) -> None:
+    """A CA that looked now would find nobody; as soon as the proxy answers, the work begins."""
+    real_time(world)
+    world.add_policy("a.test")
+    world.take_over()
+    asked, answers = [], [False]
+
+    def may_order() -> bool:
+        asked.append(True)
+        return answers[0]
+
+    crew = Crew(world.bench(), world.worker, 2, may_order=may_order)
+    crew.start()
+    try:
+        until(lambda: len(asked) >= 4)
+        assert states(world) == ["queued"]
+        assert world.ca.requests == []
+        answers[0] = True
+        until(lambda: states(world) == ["done"])
+    finally:
+        crew.stop()

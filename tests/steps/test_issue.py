@@ -8,9 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from certworker.ca.client import ExternalAccount
-from certworker.core.certificate import Validity
 from certworker.core.issuance import State
-from certworker.core.renewal import Wait, decide_renewal, plan_renewal
 from certworker.errors import LeaseLost, TransportFault
 from certworker.steps.issue import Session, advance
 from certworker.steps.register import Registration
@@ -650,12 +648,19 @@ def test_a_certificate_that_is_finished_when_its_policy_is_paused_serves(world: 
 
 def test_a_certificate_that_arrives_half_used_is_not_renewed_at_once(world: World) -> None:
     """Backdated by more than the usual point of renewal: its life counts from the day it came."""
-    past = world.clock() - timedelta(hours=26)
-    leaf = Validity(past, past + timedelta(hours=48)).usable_from(world.clock())
-    decision = decide_renewal(world.clock(), leaf, plan_renewal(leaf, "some-lineage"))
+    world.ca.lifetime = timedelta(hours=48)
+    world.ca.now = lambda: world.clock() - timedelta(hours=26)
+    world.issue("a.test")
 
-    assert isinstance(decision, Wait)
-    assert decision.until - world.clock() > timedelta(hours=8)
+    for _ in range(10):
+        world.take_over()
+        world.work()
+        world.clock.move(timedelta(minutes=5))
+
+    assert len(world.ca.issued) == 1
+    renew_at = world.lineage("a.test").renew_at
+    assert renew_at is not None
+    assert renew_at - world.clock() > timedelta(hours=7)
 
 
 @pytest.mark.parametrize("private_ca", [True, False])

@@ -1,0 +1,36 @@
+"""What an embedded node is told by the database, while others write to it."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+
+from certworker.core.rollout import Cursor
+from certworker.settings import load
+from certworker.store import certificates
+from certworker.store.database import Database
+from certworker.wiring import App, DatabaseSource
+from tests.steps.world import World
+
+
+def test_what_commits_during_a_look_is_delivered_by_the_next(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cursor never runs ahead of what was read: no certificate is passed over for good."""
+    world = World(db)
+    world.issue("a.test")
+    source = DatabaseSource(App(load({}), db, world.sealer, world.clock))
+    first = source.changes_after(Cursor())
+    original, once = certificates.changed_since, []
+
+    def meanwhile(tx: Connection, revision: int, limit: int | None) -> Any:
+        page = original(tx, revision, limit)
+        if not once:
+            once.append(True)
+            world.issue("b.test")
+        return page
+
+    monkeypatch.setattr(certificates, "changed_since", meanwhile)
+    second = source.changes_after(first.cursor)
+    third = source.changes_after(second.cursor)
+
+    assert [one.dns_names for one in first.changed] == [("a.test",)]
+    assert ("b.test",) in [one.dns_names for one in (*second.changed, *third.changed)]
