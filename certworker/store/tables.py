@@ -261,6 +261,14 @@ lineages = _table(
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("error", Json),
     Column("served_at", UtcTime),
+    # What the CA says of the certificate's renewal (RFC 9773); keyed by it, so that nothing stale outlives it.
+    Column("renewal_id", Text),
+    Column("window_start", UtcTime),
+    Column("window_end", UtcTime),
+    Column("window_url", Text),
+    Column("ari_check_at", UtcTime),
+    Column("ari_failures", Integer, nullable=False, server_default=text("0")),
+    Column("ari_error", Json),
     _created(),
     _updated(),
     _one_of("status", "active", "error", "pending"),
@@ -270,6 +278,12 @@ lineages = _table(
         "next_check_at",
         sqlite_where=text("next_check_at IS NOT NULL"),
         postgresql_where=text("next_check_at IS NOT NULL"),
+    ),
+    Index(
+        "ix_lineages_ari",
+        "ari_check_at",
+        sqlite_where=text("ari_check_at IS NOT NULL"),
+        postgresql_where=text("ari_check_at IS NOT NULL"),
     ),
     Index(None, "certificate_id"),
     Index(
@@ -284,7 +298,18 @@ lineage_names = _table(
     "lineage_names",
     Column("dns_name", Text, primary_key=True),
     Column("lineage_id", UuidText, ForeignKey("lineages.id", ondelete="CASCADE"), primary_key=True),
+    # A dead name of a shared certificate: wanted all the same, and tried again.
+    Column("left_out_at", UtcTime),
+    Column("probe_at", UtcTime),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("error", Json),
     Index(None, "lineage_id"),
+    Index(
+        "ix_lineage_names_left_out",
+        "lineage_id",
+        sqlite_where=text("left_out_at IS NOT NULL"),
+        postgresql_where=text("left_out_at IS NOT NULL"),
+    ),
 )
 
 policy_lineages = _table(
@@ -334,6 +359,12 @@ issuances = _table(
     Column("lease_until", UtcTime),
     Column("claims", Integer, nullable=False, server_default=text("0")),
     Column("closed_at", UtcTime),
+    # What is ordered: fewer than the lineage's names when some were left out; fixed with the CSR.
+    Column("dns_names", TextArray),
+    Column("names_hash", Text),
+    Column("replaces", Text),
+    Column("urgent", Boolean, nullable=False, server_default=text("false")),
+    Column("crashes", Integer, nullable=False, server_default=text("0")),
     _created(),
     _one_of(
         "state",
@@ -361,6 +392,24 @@ issuances = _table(
         "uq_issuances_open", "lineage_id", unique=True, sqlite_where=text(OPEN_STATE), postgresql_where=text(OPEN_STATE)
     ),
     Index("ix_issuances_due", "attempt_at", sqlite_where=text(OPEN_STATE), postgresql_where=text(OPEN_STATE)),
+    Index(
+        "ix_issuances_urgent",
+        "attempt_at",
+        sqlite_where=text(f"urgent AND {OPEN_STATE}"),
+        postgresql_where=text(f"urgent AND {OPEN_STATE}"),
+    ),
+    Index(
+        "ix_issuances_ordering",
+        "names_hash",
+        sqlite_where=text(f"names_hash IS NOT NULL AND {OPEN_STATE}"),
+        postgresql_where=text(f"names_hash IS NOT NULL AND {OPEN_STATE}"),
+    ),
+    Index(
+        "ix_issuances_replaces",
+        "replaces",
+        sqlite_where=text("replaces IS NOT NULL"),
+        postgresql_where=text("replaces IS NOT NULL"),
+    ),
     # Of the open ones: a CA may hand out a pending order again after its issuance was closed.
     Index(
         "uq_issuances_order_url",
@@ -424,6 +473,39 @@ workers = _table(
     Column("version", Text, nullable=False),
     Column("started_at", UtcTime, nullable=False),
     Column("heartbeat_at", UtcTime, nullable=False),
+    # What only one process at a time can hold; whoever holds it next knows that this worker is dead.
+    Column("place", Text),
+)
+
+rate_buckets = _table(
+    "rate_buckets",
+    Column("directory_url", Text, primary_key=True),
+    Column("account", Text, primary_key=True),
+    Column("bucket", Text, primary_key=True),
+    # GCRA's theoretical arrival time: from then on the bucket is as if never used.
+    Column("full_at", UtcTime, nullable=False),
+    Column("promised_at", UtcTime),
+    Index(None, "full_at"),
+)
+
+ca_breakers = _table(
+    "ca_breakers",
+    Column("directory_url", Text, primary_key=True),
+    Column("state", Text, nullable=False, server_default=text("'closed'")),
+    Column("state_at", UtcTime, nullable=False),
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("successes", Integer, nullable=False, server_default=text("0")),
+    Column("probes", Integer, nullable=False, server_default=text("0")),
+    Column("probe_at", UtcTime),
+    Column("hold_until", UtcTime),
+    Column("limited", Json),
+    Column("error", Json),
+    # What accounts are made with: a pause ends when the operator changes it.
+    Column("registration", Text),
+    # The one who probes, or tries the first order, until then by the database's time.
+    Column("trial_owner", UuidText),
+    Column("trial_until", UtcTime),
+    _one_of("state", "closed", "open", "half_open", "paused"),
 )
 
 settings_kv = _table(
