@@ -2,7 +2,9 @@
 
 All writes go through `Database.write(fn)`, which returns after the commit. `fn` may be run again from
 its start when the database asks for it (serialization failure, deadlock, lost connection), so it
-must do nothing but SQL.
+must do nothing but SQL. It may be run again even after its commit: when the connection is lost with the
+COMMIT under way, nobody can tell which way that went. So an id that must not be made twice is made
+outside, and what is added is looked for first.
 
 SQLite: WAL, `synchronous=FULL` (a key must survive power loss before its order exists), every write
 is a `BEGIN IMMEDIATE` behind one lock of this process, so that its threads queue instead of polling.
@@ -10,16 +12,20 @@ is a `BEGIN IMMEDIATE` behind one lock of this process, so that its threads queu
 
 import os
 import random
+import sqlite3
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from certworker.errors import SchemaError, StoreError, StoreRefused
+from certworker.store.types import db_now
 
 T = TypeVar("T")
 
@@ -30,23 +36,52 @@ SCHEMA_REVISION = "0003"
 """The migration this release of certworker works with; a test holds it to the newest one."""
 
 _ATTEMPTS = 5
+_PATIENCE = 10.0
+"""Seconds after which nothing is run again: whoever waited so long for a lock or a server is told."""
+_POOL_WAIT = 5.0
+"""Seconds to wait for a connection while all are in use."""
 _SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000")
-_POSTGRESQL_SESSION = {
+
+# What a server's own defaults must not change, and what ends by itself.
+_SESSION = {
     "statement_timeout": "15s",
     "lock_timeout": "5s",
     # A stopped process that holds a row lock would hide its work from every other worker.
     "idle_in_transaction_session_timeout": "10s",
+    # A key that was committed has to outlive the server's crash, because its order does.
+    "synchronous_commit": "on",
+    "default_transaction_isolation": r"read\ committed",
     "timezone": "UTC",
 }
-_POSTGRESQL_CONNECT = {
+_CONNECT = {
     "connect_timeout": 10,
     "application_name": "certworker",
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 15000,
-    "options": " ".join(f"-c {name}={value}" for name, value in _POSTGRESQL_SESSION.items()),
 }
+_HURRIED_SESSION = {**_SESSION, "statement_timeout": "5s", "lock_timeout": "2s"}
+_HURRIED_CONNECT = {**_CONNECT, "connect_timeout": 5, "tcp_user_timeout": 5000}
+
+_REPEATED = frozenset({
+    "40001", "40P01",  # serialization failure, deadlock
+    "55P03",  # a lock was not to be had in time
+    "57P01", "57P02", "57P03",  # the server is stopped, has crashed, is starting
+    "53300",  # it has no connection left
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
+})  # fmt: skip
+_CONNECTION_LOST = "08"
+_ADVICE: Mapping[str | int | None, str] = {
+    "25006": "the database is read-only; look whether its server is a standby, or was set so",
+    "53100": "its disk is full; make room",
+    sqlite3.SQLITE_READONLY: "the database is read-only; check who owns its file and folder, and how they are mounted",
+    sqlite3.SQLITE_FULL: "its disk is full; make room",
+    sqlite3.SQLITE_IOERR: "its disk cannot be read or written; check the disk and the kernel's log",
+    sqlite3.SQLITE_CANTOPEN: "check that its folder is there, and who may use it",
+    sqlite3.SQLITE_BUSY: "another process holds on to it; look for a backup, or a shell with an open transaction",
+}
+"""What a person can look at, by the database's code."""
 
 
 class Database:
@@ -69,17 +104,10 @@ class Database:
     def write(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn` in one transaction and return its result after the commit.
 
-        Raises StoreError when the database cannot be reached, or is locked for too long, StoreRefused
-        when it will not have what `fn` wrote.
+        Raises StoreError when the database cannot be reached or written, or is locked for too long,
+        StoreRefused when it will not have what `fn` wrote.
         """
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                return self._write_once(fn)
-            except (DBAPIError, PoolTimeout) as error:
-                if attempt == _ATTEMPTS or not _worth_repeating(error):
-                    raise _store_error("write to", error) from None
-                threading.Event().wait(0.05 * 2**attempt * random.random())  # noqa: S311
-        raise AssertionError("unreachable")
+        return _persist("write to", lambda: self._write_once(fn))
 
     def _write_once(self, fn: Callable[[Connection], T]) -> T:
         if self._writer is None:
@@ -92,11 +120,24 @@ class Database:
 
     def read(self, fn: Callable[[Connection], T]) -> T:
         """Run `fn` in one read transaction: all its statements see the same moment on SQLite."""
-        try:
-            with self._engine.connect() as connection, connection.begin():
-                return fn(connection)
-        except (DBAPIError, PoolTimeout) as error:
-            raise _store_error("read from", error) from None
+        return _persist("read from", lambda: self._read_once(fn))
+
+    def _read_once(self, fn: Callable[[Connection], T]) -> T:
+        with self._engine.connect() as connection, connection.begin():
+            return fn(connection)
+
+    def now(self) -> datetime:
+        """Return the database's present time."""
+        return self.read(lambda tx: tx.execute(select(db_now())).scalar_one())
+
+    def reserve(self) -> "Database":
+        """Return this database with one connection of its own, for what must not wait behind others: leases.
+
+        SQLite returns itself: its writers take turns however many connections there are.
+        """
+        if self.embedded:
+            return self
+        return Database(_postgresql(self._engine.url, 1, 0, _HURRIED_CONNECT, _HURRIED_SESSION))
 
     def check_schema(self) -> None:
         """Raise SchemaError unless the schema is the one this release works with."""
@@ -126,14 +167,14 @@ def open_database(url: str) -> Database:
         return Database(_sqlite(url))
     if parsed.get_backend_name() != "postgresql":
         raise StoreError(f"database url {parsed.render_as_string()!r}: only sqlite and postgresql are supported")
-    # What the url says itself comes first: connect_args would win over it.
-    ours = {key: value for key, value in _POSTGRESQL_CONNECT.items() if key not in parsed.query}
-    if "options" in parsed.query:
-        ours["options"] = f"{_POSTGRESQL_CONNECT['options']} {parsed.query['options']}"
-    engine = create_engine(
-        url, pool_pre_ping=True, pool_size=8, max_overflow=16, hide_parameters=True, connect_args=ours
-    )
-    return Database(engine)
+    return Database(_postgresql(parsed, 8, 16, _CONNECT, _SESSION))
+
+
+def driver_arguments(url: str) -> dict[str, Any]:
+    """Return what psycopg is to be called with for the SQLAlchemy `url` of a PostgreSQL."""
+    parsed = make_url(url)
+    _, given = parsed.get_dialect()().create_connect_args(parsed)
+    return {**given, **_besides(parsed, _CONNECT, _SESSION)}
 
 
 def sqlite_path(url: str) -> Path | None:
@@ -149,6 +190,22 @@ def schema_revision(tx: Connection) -> str | None:
     return tx.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
+def _postgresql(
+    url: URL, pool_size: int, max_overflow: int, connect: Mapping[str, Any], session: Mapping[str, str]
+) -> Engine:
+    return create_engine(
+        url, pool_pre_ping=True, pool_size=pool_size, max_overflow=max_overflow, pool_timeout=_POOL_WAIT,
+        hide_parameters=True, connect_args=_besides(url, connect, session),
+    )  # fmt: skip
+
+
+def _besides(url: URL, connect: Mapping[str, Any], session: Mapping[str, str]) -> dict[str, Any]:
+    """Return our settings for what `url` does not say itself: given beside it, they would win over it."""
+    ours = {key: value for key, value in connect.items() if key not in url.query}
+    options = [f"-c {name}={value}" for name, value in session.items()]
+    return {**ours, "options": " ".join([*options, *url.normalized_query.get("options", ())])}
+
+
 def _sqlite(url: str) -> Engine:
     path = sqlite_path(url)
     if path is None or path.name in ("", ":memory:"):
@@ -156,7 +213,7 @@ def _sqlite(url: str) -> Engine:
     if path.parent.is_dir() and not path.exists():
         # SQLite would create it with the umask; it is to hold keys.
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    engine = create_engine(url, pool_size=8, max_overflow=32, hide_parameters=True)
+    engine = create_engine(url, pool_size=8, max_overflow=32, pool_timeout=_POOL_WAIT, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -176,15 +233,37 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
+def _persist(doing: str, once: Callable[[], T]) -> T:
+    """Return what `once` returns, calling it again while the database gives hope."""
+    give_up_at, attempt = time.monotonic() + _PATIENCE, 1
+    while True:
+        try:
+            return once()
+        except (DBAPIError, PoolTimeout) as error:
+            if attempt == _ATTEMPTS or time.monotonic() >= give_up_at or not _worth_repeating(error):
+                raise _store_error(doing, error) from None
+        threading.Event().wait(0.05 * 2**attempt * random.random())  # noqa: S311
+        attempt += 1
+
+
 def _worth_repeating(error: DBAPIError | PoolTimeout) -> bool:
     if isinstance(error, PoolTimeout):
         return False
     if error.connection_invalidated:
         return True
-    code = getattr(error.orig, "sqlstate", None)
-    if code is not None:
-        return code in ("40001", "40P01", "55P03")
-    return isinstance(error, OperationalError) and "database is locked" in str(error.orig)
+    code = _code(error)
+    if code is None:
+        # What a server says before a connection stands comes without a code: too many, starting, gone.
+        return isinstance(error, OperationalError)
+    return code in _REPEATED or str(code).startswith(_CONNECTION_LOST)
+
+
+def _code(error: Exception) -> str | int | None:
+    """Return PostgreSQL's SQLSTATE, or SQLite's primary result code."""
+    said = getattr(error, "orig", None)
+    extended = getattr(said, "sqlite_errorcode", None)
+    # The upper bits say which of several ways it happened.
+    return getattr(said, "sqlstate", None) if extended is None else extended & 0xFF
 
 
 def first_line(error: Exception) -> str:
@@ -197,5 +276,8 @@ def first_line(error: Exception) -> str:
 
 
 def _store_error(doing: str, error: Exception) -> StoreError:
+    if isinstance(error, PoolTimeout):
+        return StoreError(f"cannot {doing} the database: none of our connections to it became free in {_POOL_WAIT:g} s")
     kind = StoreRefused if isinstance(error, (IntegrityError, DataError)) else StoreError
-    return kind(f"cannot {doing} the database: {first_line(error)}")
+    advice = _ADVICE.get(_code(error))
+    return kind(f"cannot {doing} the database: {first_line(error)}" + (f": {advice}" if advice else ""))
