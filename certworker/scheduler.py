@@ -8,9 +8,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
 from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
 
 _log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Timetable:
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
             executors={"default": ThreadPoolExecutor(_THREADS)},
+            jobstores={"default": SteadyJobs()},
             # The library's own default drops a job that is a second late.
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
         )
@@ -68,3 +71,19 @@ class Timetable:
             _log.warning("step.missed", extra={"step": event.job_id})
         else:
             _log.debug("step.still_running", extra={"step": event.job_id})
+
+
+class SteadyJobs(MemoryJobStore):  # type: ignore[misc]
+    """Jobs that no step of the machine's clock can put off.
+
+    The library waits by the monotonic clock, but for a time of day: after a step back it would wait for
+    that time to come again, after a step forward count up every run that it thinks it has missed.
+    """
+
+    def get_due_jobs(self, now: datetime) -> list[Any]:
+        """Return what is due; a job that is further away than its interval, either way, was moved there."""
+        for job in self.get_all_jobs():
+            if abs(job.next_run_time - now) > job.trigger.interval:
+                job.next_run_time = now
+                self.update_job(job)
+        return super().get_due_jobs(now)  # type: ignore[no-any-return]

@@ -4,11 +4,15 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 
 import pytest
+from apscheduler.schedulers.background import BackgroundScheduler
 
-from certworker.scheduler import Job, Timetable
+from certworker.scheduler import Job, SteadyJobs, Timetable
+
+NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+YEAR = 365 * 24 * 3600
 
 
 @contextmanager
@@ -96,3 +100,68 @@ def test_run_soon_does_not_wait_for_the_time() -> None:
         timetable.run_soon("rare")
 
         assert ran.acquire(timeout=10)
+
+
+class Stepped(datetime):
+    """The machine's wall clock, moved by `by`."""
+
+    by = timedelta()
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + cls.by
+
+
+@pytest.fixture
+def wall(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Stepped]]:
+    """The time of day as the library and we see it, to be stepped."""
+    # The library asks for it by itself; there is nothing to hand it in by.
+    monkeypatch.setattr("apscheduler.schedulers.base.datetime", Stepped)
+    monkeypatch.setattr("certworker.scheduler.datetime", Stepped)
+    yield Stepped
+    Stepped.by = timedelta()
+
+
+@pytest.mark.parametrize("step", [timedelta(days=-1), timedelta(days=1)])
+def test_a_step_of_the_wall_clock_stops_nothing(wall: type[Stepped], step: timedelta) -> None:
+    """Not even for a day: what was to run in 20 ms runs in 20 ms."""
+    ran = threading.Semaphore(0)
+    with running(Job("tick", ran.release, timedelta(milliseconds=20))) as timetable:
+        assert ran.acquire(timeout=10)
+        wall.by = step
+        for _ in range(3):
+            assert ran.acquire(timeout=10)
+        wall.by = timedelta()
+        for _ in range(3):
+            assert ran.acquire(timeout=10)
+        assert timetable.errors == {"tick": 0}
+
+
+@pytest.fixture
+def jobs() -> Iterator[SteadyJobs]:
+    """One job, every two seconds, next at noon."""
+    jobs = SteadyJobs()
+    scheduler = BackgroundScheduler(timezone=UTC, jobstores={"default": jobs})
+    scheduler.start(paused=True)
+    scheduler.add_job(lambda: None, "interval", seconds=2, id="often", next_run_time=NOON)
+    yield jobs
+    scheduler.shutdown()
+
+
+@pytest.mark.parametrize("seconds", [-50 * YEAR, -3, 0, 3, 50 * YEAR])
+def test_what_is_due_is_due_now(jobs: SteadyJobs, seconds: int) -> None:
+    """Not at the time that was planned: fifty years of runs are neither waited for nor made up for one by one."""
+    now = NOON + timedelta(seconds=seconds)
+    (job,) = jobs.get_due_jobs(now)
+
+    assert job.next_run_time == now
+    assert jobs.get_next_run_time() == now
+
+
+@pytest.mark.parametrize(("seconds", "due"), [(-2, 0), (-1, 0), (1, 1), (2, 1)])
+def test_a_plan_within_the_interval_stands(jobs: SteadyJobs, seconds: int, due: int) -> None:
+    """A job keeps its rhythm while the clock is right, and when a run of it is a little late."""
+    found = jobs.get_due_jobs(NOON + timedelta(seconds=seconds))
+
+    assert len(found) == due
+    assert jobs.get_next_run_time() == NOON
