@@ -140,6 +140,19 @@ def expired(tx: Connection, now: datetime, limit: int) -> list[StoredCertificate
     return [to_value(StoredCertificate, row) for row in tx.execute(query)]
 
 
+def unexpired(tx: Connection, now: datetime, limit: int) -> list[StoredCertificate]:
+    """Return certificates that are `expired` before their end (partial index), but for rows not taken over yet."""
+    query = (
+        select(*_COLUMNS)
+        .where(certificates.c.status == "expired", certificates.c.expires_at > now)
+        .where(certificates.c.revision.is_not(None))
+        .order_by(certificates.c.expires_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return [to_value(StoredCertificate, row) for row in tx.execute(query)]
+
+
 def changed_since(tx: Connection, revision: int, limit: int | None) -> list[StoredCertificate]:
     """Return what changed after `revision`, in its order: a page of it, or (None) all."""
     query = select(*_COLUMNS).where(certificates.c.revision > revision).order_by(certificates.c.revision).limit(limit)

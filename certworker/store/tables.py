@@ -172,6 +172,12 @@ certificates = _table(
         sqlite_where=text("status = 'active'"),
         postgresql_where=text("status = 'active'"),
     ),
+    Index(
+        "ix_certificates_expired",
+        "expires_at",
+        sqlite_where=text("status = 'expired'"),
+        postgresql_where=text("status = 'expired'"),
+    ),
     Index("uq_certificates_lineage_id", "lineage_id", unique=True),
     Index(None, "revision"),
 )
@@ -281,6 +287,7 @@ lineages = _table(
     ),
     Index(
         "ix_lineages_ari",
+        "directory_url",
         "ari_check_at",
         sqlite_where=text("ari_check_at IS NOT NULL"),
         postgresql_where=text("ari_check_at IS NOT NULL"),

@@ -97,7 +97,8 @@ ADDED: dict[str, list[Column[Any]]] = {
 
 _OPEN = "state NOT IN ('done', 'failed', 'cancelled')"
 INDEXES = {
-    "ix_lineages_ari": "lineages (ari_check_at) WHERE ari_check_at IS NOT NULL",
+    "ix_certificates_expired": "certificates (expires_at) WHERE status = 'expired'",
+    "ix_lineages_ari": "lineages (directory_url, ari_check_at) WHERE ari_check_at IS NOT NULL",
     "ix_lineage_names_left_out": "lineage_names (lineage_id) WHERE left_out_at IS NOT NULL",
     "ix_issuances_urgent": f"issuances (attempt_at) WHERE urgent AND {_OPEN}",
     "ix_issuances_ordering": f"issuances (names_hash) WHERE names_hash IS NOT NULL AND {_OPEN}",
