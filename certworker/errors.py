@@ -20,6 +20,10 @@
     │   ├── CommandRefused          a running proxy answered a command with something else than success
     │   └── VersionRefused          a config version is not served; the one before it is
     └── CaError                     a CA could not be asked, or said no
+        ├── AccountGone             the account of an order is not in the database any more: nothing was sent
+        ├── AccountForgotten        the CA knows the account no more, and a person decides what follows
+        ├── AccountDeactivated      the account was given up for good: a person makes another one
+        ├── OverBudget              our own limit for this CA is used up: nothing was sent
         ├── ProfileNotOffered       the profile asked for is not in the CA's directory: nothing was sent
         ├── TermsNotAgreed          the CA's terms have to be agreed to first: nothing was sent
         ├── TransportFault          no answer came: DNS, connect, TLS, time limit, reset, proxy
@@ -162,9 +166,30 @@ class Problem:
 class CaError(CertworkerError):
     """The CA could not be asked, or said no."""
 
+    asked: str | None = None
+    """What was asked (a `core.retry.Endpoint`), where it was not what the caller was after: every act needs
+    the directory and a nonce first."""
+
 
 class AccountGone(CaError):
-    """The account that an order was made with is not in the database any more; nothing was sent."""
+    """The account that an order was made with is not used any more, or not in the database; nothing was sent."""
+
+
+class AccountForgotten(CaError):
+    """The CA knows no account with the key that we have, and only a person may have one made again."""
+
+
+class AccountDeactivated(CaError):
+    """The account was given up for good (RFC 8555 §7.3.6); only a person may have another one made."""
+
+
+class OverBudget(CaError):
+    """We allow ourselves no more of this at the CA before `wait` is over; nothing was sent."""
+
+    def __init__(self, bucket: str, wait: timedelta) -> None:
+        super().__init__(f"our own limit {bucket!r} at this CA is used up for {round(wait.total_seconds())} s")
+        self.bucket = bucket
+        self.wait = wait
 
 
 class ProfileNotOffered(CaError):

@@ -23,7 +23,7 @@ import pytest
 from certworker import wiring
 from certworker.core import retry
 from certworker.core.issuance import State
-from certworker.core.retry import Endpoint, ErrorClass, Failure, classify_problem, retry_at
+from certworker.core.retry import Endpoint, ErrorClass, Failure, Scope, classify_problem, retry_at
 from certworker.errors import Problem
 from certworker.settings import PREFIX, Settings, load
 from certworker.store import schema
@@ -312,6 +312,18 @@ def test_error_types_are_told() -> None:
     for word, told in everywhere.items():
         problem = Problem(f"urn:ietf:params:acme:error:{word}", "", status=400)
         assert classify_problem(problem, Endpoint.NEW_ORDER).error_class == told
+
+
+@pytest.mark.check
+def test_scopes_are_told() -> None:
+    """Every type that is not one attempt's alone stands beside its scope."""
+    told = {
+        code(row[0])[0]: set(code(row[1])) for row in table(ERRORS, "| scope | what belongs to it | what follows |")
+    }
+    assert list(told) == list(Scope)
+    for scope in (Scope.ACCOUNT, Scope.CA):
+        known = {word for word, meaning in retry._EVERYWHERE.items() if meaning.scope is scope}
+        assert told[scope] - {"unauthorized"} == known
 
 
 # -- snippets ---------------------------------------------------------------------------------------

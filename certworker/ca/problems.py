@@ -7,6 +7,7 @@ Sources: RFC 7807, RFC 8555 §6.6 and §6.7.
 import json
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any
@@ -15,11 +16,21 @@ from certworker.ca.fields import is_url
 from certworker.ca.headers import read_links, read_retry_after
 from certworker.ca.transport import Response
 from certworker.core.retry import Endpoint as Endpoint
-from certworker.core.retry import ErrorClass, Failure, classify_problem
+from certworker.core.retry import (
+    ErrorClass,
+    Failure,
+    Scope,
+    classify_nonsense,
+    classify_problem,
+    classify_silence,
+)
 from certworker.errors import (
+    AccountDeactivated,
+    AccountForgotten,
     AnswerFault,
     CaError,
     ChainRefused,
+    OverBudget,
     Problem,
     ProblemReported,
     ProfileNotOffered,
@@ -33,6 +44,7 @@ _NAME_LIMIT = 255
 _MOST_SUBPROBLEMS = 100
 _NO_TYPE = "about:blank"
 """RFC 7807 §4.2."""
+_PINS = "its account_url will be new: change CAA records that name the old one as accounturi (RFC 8657 §3) first"
 
 
 def read_problem(response: Response, now: datetime) -> Problem:
@@ -65,25 +77,43 @@ def read_problem_object(value: object) -> Problem | None:
     )
 
 
+_TRANSPORT_HINTS = {
+    "dns": "check ACME_DIRECTORY_URL and this machine's DNS if it lasts",
+    "connect": "check ACME_DIRECTORY_URL and the way to the CA if it lasts",
+    # A fault of the network more often than of settings: captive portals, broken proxies.
+    "tls": "the CA was not trusted, so nothing was sent; check ACME_CA_BUNDLE and this machine's clock if it lasts",
+    "proxy": "check HTTPS_PROXY and NO_PROXY",
+}
+_UNLESS_IT_LASTS = "nothing to do unless it lasts"
+
+
 def classify(error: CaError, doing: Endpoint) -> Failure:
     """Say what follows from `error`, raised while `doing`: who has to act, and what to tell them."""
+    doing = Endpoint(error.asked or doing)
     match error:
         case ProblemReported():
             return classify_problem(error.problem, doing)
         case TransportFault():
-            # Not trusted is a fault of the network more often than of settings: captive portals, broken proxies.
-            return _failure(ErrorClass.TRANSIENT, f"ca-{error.kind}", error, "nothing to do unless it lasts")
+            hint = _TRANSPORT_HINTS.get(error.kind, _UNLESS_IT_LASTS)
+            return classify_silence(f"certworker:ca-{error.kind}", clean_text(str(error)), hint, doing)
         case AnswerFault():
-            return _failure(ErrorClass.TRANSIENT, "ca-answer", error, "nothing to do unless it lasts")
+            return classify_nonsense("certworker:ca-answer", clean_text(str(error)), _UNLESS_IT_LASTS, doing)
         case ChainRefused():
             return _failure(ErrorClass.PERMANENT, "chain", error, "nothing was stored; ask the CA about this order")
         case ProfileNotOffered():
             return _failure(ErrorClass.PERMANENT, "profile", error, "set ACME_PROFILE to one that is offered")
         case TermsNotAgreed():
-            hint = f"read {error.terms_of_service} and set ACME_TOS_AGREED=true"
-            return _failure(ErrorClass.ACTION_REQUIRED, "terms", error, hint)
+            return _no_account("terms", error, f"read {error.terms_of_service} and set ACME_TOS_AGREED=true")
+        case AccountForgotten():
+            return _no_account("account-forgotten", error, f"`certworker account register` makes it again; {_PINS}")
+        case AccountDeactivated():
+            hint = f"`certworker account register --new-key` makes another one; {_PINS}"
+            return _no_account("account-deactivated", error, hint)
+        case OverBudget():
+            over = _failure(ErrorClass.RATE_LIMITED, "budget", error, "nothing to do: it goes on by itself")
+            return replace(over, retry_after=error.wait)
         case _:
-            return _failure(ErrorClass.TRANSIENT, "ca", error, "nothing to do unless it lasts")
+            return _failure(ErrorClass.TRANSIENT, "ca", error, _UNLESS_IT_LASTS)
 
 
 def clean_text(text: str, limit: int = _TEXT_LIMIT) -> str:
@@ -99,6 +129,10 @@ def clean_text(text: str, limit: int = _TEXT_LIMIT) -> str:
 
 def _failure(error_class: ErrorClass, word: str, error: CaError, hint: str) -> Failure:
     return Failure(error_class, f"certworker:{word}", clean_text(str(error)), hint)
+
+
+def _no_account(word: str, error: CaError, hint: str) -> Failure:
+    return replace(_failure(ErrorClass.ACTION_REQUIRED, word, error, hint), scope=Scope.ACCOUNT)
 
 
 def _document(body: bytes) -> Mapping[str, Any]:

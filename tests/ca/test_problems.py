@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from certworker.ca.client import Account, Client
+from certworker.ca.keys import AccountKey
 from certworker.ca.problems import Endpoint, classify, clean_text, read_problem, read_problem_object
 from certworker.ca.transport import Response
 from certworker.core.order import (
@@ -18,8 +20,10 @@ from certworker.core.order import (
     Order,
     OrderStatus,
 )
-from certworker.core.retry import ErrorClass, Failure, classify_order, classify_problem
+from certworker.core.retry import ErrorClass, Scope, classify_order, classify_problem
 from certworker.errors import (
+    AccountDeactivated,
+    AccountForgotten,
     AnswerFault,
     CaError,
     ChainRefused,
@@ -31,9 +35,11 @@ from certworker.errors import (
 )
 
 from .conftest import NOW
+from .fake import FakeCa
 
 URN = "urn:ietf:params:acme:error:"
 T, V, R, P, X = ErrorClass
+KINDS = ("dns", "connect", "tls", "timeout", "reset", "proxy")
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -188,6 +194,7 @@ def test_an_error_inside_an_answer_is_read(value: object) -> None:
         ("malformed", 400, Endpoint.CHALLENGE, T),
         ("malformed", 404, Endpoint.ORDER, T),
         ("malformed", 400, Endpoint.VALIDATION, V),
+        ("malformed", 415, Endpoint.NEW_ORDER, P),
         ("orderNotReady", 403, Endpoint.FINALIZE, T),
         ("rateLimited", 429, Endpoint.NEW_ORDER, R),
         ("rejectedIdentifier", 400, Endpoint.NEW_ORDER, P),
@@ -197,6 +204,11 @@ def test_an_error_inside_an_answer_is_read(value: object) -> None:
         ("unauthorized", 403, Endpoint.VALIDATION, V),
         ("unauthorized", 403, Endpoint.NEW_ACCOUNT, X),
         ("unauthorized", 403, Endpoint.NEW_ORDER, X),
+        ("unauthorized", 403, Endpoint.ACCOUNT, X),
+        ("unauthorized", 403, Endpoint.ORDER, X),
+        ("unauthorized", 403, Endpoint.AUTHORIZATION, X),
+        ("unauthorized", 403, Endpoint.CHALLENGE, X),
+        ("unauthorized", 403, Endpoint.CERTIFICATE, X),
         ("unauthorized", 403, Endpoint.FINALIZE, P),
         ("unsupportedIdentifier", 400, Endpoint.NEW_ORDER, P),
         ("userActionRequired", 403, Endpoint.NEW_ORDER, X),
@@ -211,6 +223,8 @@ def test_an_error_inside_an_answer_is_read(value: object) -> None:
         ("", 409, Endpoint.NEW_ORDER, T),
         ("", 425, Endpoint.NEW_ORDER, T),
         ("", 429, Endpoint.NEW_NONCE, R),
+        ("badCSR", 429, Endpoint.FINALIZE, P),
+        ("rateLimited", 503, Endpoint.NEW_ORDER, R),
         ("", 500, Endpoint.NEW_ORDER, T),
         ("", 502, Endpoint.DIRECTORY, T),
         ("", 503, Endpoint.FINALIZE, T),
@@ -329,26 +343,57 @@ def test_an_invalid_order_has_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("error", "expected", "word"),
+    ("error", "expected", "scope", "word"),
     [
-        (TransportFault("tls", "https://ca.test/", "not trusted"), T, "ca-tls"),
-        (TransportFault("dns", "https://ca.test/", "no name"), T, "ca-dns"),
-        (TransportFault("timeout", "https://ca.test/", "late"), T, "ca-timeout"),
-        (AnswerFault("https://ca.test/", "no JSON"), T, "ca-answer"),
-        (ChainRefused("the chain has another key"), P, "chain"),
-        (ProfileNotOffered("x", ["y"]), P, "profile"),
-        (TermsNotAgreed("https://ca.test/terms"), X, "terms"),
-        (CaError("something"), T, "ca"),
+        *((TransportFault(kind, "https://ca.test/", "said"), T, Scope.CA, f"ca-{kind}") for kind in KINDS),
+        (AnswerFault("https://ca.test/", "no JSON"), T, Scope.CA, "ca-answer"),
+        (ChainRefused("the chain has another key"), P, Scope.ISSUANCE, "chain"),
+        (ProfileNotOffered("x", ["y"]), P, Scope.ISSUANCE, "profile"),
+        (TermsNotAgreed("https://ca.test/terms"), X, Scope.ACCOUNT, "terms"),
+        (AccountForgotten("the CA knows no account"), X, Scope.ACCOUNT, "account-forgotten"),
+        (AccountDeactivated("it is deactivated"), X, Scope.ACCOUNT, "account-deactivated"),
+        (CaError("something"), T, Scope.ISSUANCE, "ca"),
     ],
 )
-def test_an_error_of_ours_has_a_class(error: CaError, expected: ErrorClass, word: str) -> None:
+def test_an_error_of_ours_has_a_class(error: CaError, expected: ErrorClass, scope: Scope, word: str) -> None:
     """And says in its detail what its message says."""
-    assert classify(error, Endpoint.NEW_ORDER) == Failure(
-        expected, f"certworker:{word}", str(error), classify(error, Endpoint.NEW_ORDER).hint
-    )
+    failure = classify(error, Endpoint.NEW_ORDER)
+
+    assert (failure.error_class, failure.scope, failure.type) == (expected, scope, f"certworker:{word}")
+    assert failure.detail == str(error)
+    assert failure.hint
 
 
 def test_a_reported_problem_is_classified_as_such() -> None:
     reported = ProblemReported("ordering", problem("caa"))
 
     assert classify(reported, Endpoint.FINALIZE) == classify_problem(reported.problem, Endpoint.FINALIZE)
+
+
+@pytest.mark.parametrize(("path", "method"), [("/directory", "GET"), ("/new-nonce", "HEAD")])
+@pytest.mark.parametrize(
+    "fault",
+    [{"status": 403, "body": b"<html>"}, {"status": 200, "body": b"{}"}, {"raises": TransportFault("dns", "", "")}],
+)
+def test_what_an_order_needs_first_is_told_apart(
+    ca: FakeCa, client: Client, key: AccountKey, path: str, method: str, fault: dict[str, Any]
+) -> None:
+    """A directory or a nonce that cannot be had is no refusal of the order."""
+    ca.fail_next(method, path, **{**fault, "headers": {"replay-nonce": "?"}})
+
+    with pytest.raises(CaError) as caught:
+        client.new_order(Account("https://ca.test/account/1", key), ["a.test"])
+    failure = classify(caught.value, Endpoint.NEW_ORDER)
+
+    assert failure.endpoint == (Endpoint.DIRECTORY if method == "GET" else Endpoint.NEW_NONCE)
+    assert (failure.error_class, failure.scope) == (T, Scope.CA)
+
+
+def test_the_order_itself_is_what_was_asked(ca: FakeCa, client: Client, account: Account) -> None:
+    """Once directory and nonce are there."""
+    ca.fail_next("POST", "/new-order", status=403, body=b"<html>")
+
+    with pytest.raises(CaError) as caught:
+        client.new_order(account, ["a.test"])
+
+    assert classify(caught.value, Endpoint.NEW_ORDER).endpoint is Endpoint.NEW_ORDER
