@@ -5,6 +5,7 @@ Everything that a CA or a person sends is hostile until `check_chain` or `read_l
 
 import hashlib
 import re
+from base64 import urlsafe_b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -27,6 +28,9 @@ MAX_CHAIN_BYTES = 256 * 1024
 MAX_CHAIN_LENGTH = 20
 CLOCK_TOLERANCE = timedelta(minutes=5)
 """A leaf that starts this little in the future is a matter of two clocks, not of a wrong leaf."""
+
+_LONGEST_RENEWAL_ID = 255
+"""Characters; it becomes part of a URL and of an index, and a CA's own are half as long."""
 
 _BLOCK = re.compile(r"-----BEGIN ([^-\n]+)-----.*?-----END \1-----", re.DOTALL)
 
@@ -64,6 +68,8 @@ class Leaf:
     """Common name of the issuer, or its whole name."""
     spki_sha256: str
     """SHA-256 of the public key (SubjectPublicKeyInfo DER), 64 lower-case hex digits."""
+    renewal_id: str | None = None
+    """What its CA calls it in renewal information and `replaces` (RFC 9773 §4.1); None without a key identifier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +151,30 @@ def _describe(certificate: x509.Certificate) -> Leaf:
             serial=f"{certificate.serial_number:x}",
             issuer=str(common[0].value) if common else certificate.issuer.rfc4514_string(),
             spki_sha256=_spki_sha256(public_key),
+            renewal_id=_renewal_id(certificate),
         )
     except x509.ExtensionNotFound:
         raise ChainRefused("the certificate names no DNS names (no subjectAltName)") from None
     except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm):
         raise ChainRefused("the certificate cannot be read") from None
+
+
+def _renewal_id(certificate: x509.Certificate) -> str | None:
+    try:
+        authority = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return None
+    if not authority.key_identifier:
+        return None
+    number = certificate.serial_number
+    # As DER has it: signed, so a number whose first bit is set comes after a byte 00.
+    serial = number.to_bytes(number.bit_length() // 8 + 1, "big")
+    renewal_id = f"{_base64url(authority.key_identifier)}.{_base64url(serial)}"
+    return renewal_id if len(renewal_id) <= _LONGEST_RENEWAL_ID else None
+
+
+def _base64url(data: bytes) -> str:
+    return urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def _check_order(certificates: list[x509.Certificate]) -> None:

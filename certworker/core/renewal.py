@@ -1,7 +1,8 @@
-"""When a certificate is renewed.
+"""When a certificate is renewed, and what its CA has to say about that (RFC 9773).
 
-The time is planned once, when the certificate arrives, and stored: `plan_renewal`. Whether a lineage is
-due at some moment is `decide_renewal`.
+The time is planned once, when the certificate arrives, and stored: `plan_renewal`. A CA that informs about
+renewals suggests a window instead, and one moment of it is drawn and stored: `choose_moment`. Whether a
+lineage is due at some moment is `decide_renewal`.
 """
 
 import hashlib
@@ -10,10 +11,14 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from certworker.core.certificate import Validity
+from certworker.errors import Problem
 
 _SHORT_LIFE = timedelta(days=10)
 _SPREAD = 0.1
 """Without a CA's advice, renewals of one day are spread over this part of the lifetime."""
+_LAST_TENTH = 0.1
+_LAST_DAYS = timedelta(hours=48)
+"""Of a life that is not short."""
 
 
 class Reason(StrEnum):
@@ -21,7 +26,10 @@ class Reason(StrEnum):
 
     FIRST = "first"
     LIFETIME_USED = "lifetime_used"
+    CA_SUGGESTED = "ca_suggested"
     EXPIRES_SOON = "expires_soon"
+    NAMES_MISSING = "names_missing"
+    """The certificate lacks a name that is wanted."""
     FORCED = "forced"
 
 
@@ -48,7 +56,7 @@ def renew_after(validity: Validity) -> float:
 
 
 def plan_renewal(validity: Validity, lineage_id: str) -> datetime:
-    """Return when this certificate is to be renewed.
+    """Return when this certificate is to be renewed, as long as its CA suggests nothing.
 
     Up to a tenth of its life before the point of `renew_after`, by a hash of the lineage: a bulk import
     does not renew as a herd, and the same certificate always has the same plan.
@@ -57,16 +65,144 @@ def plan_renewal(validity: Validity, lineage_id: str) -> datetime:
     return validity.not_before + validity.lifetime * (renew_after(validity) - _SPREAD * share)
 
 
-def decide_renewal(now: datetime, validity: Validity | None, planned_at: datetime | None) -> Decision:
+def due_at(validity: Validity, planned_at: datetime | None) -> datetime:
+    """Return when a certificate is due: as planned, but never past the point of last resort.
+
+    A plan may move a renewal either way; a wrong one, the CA's included, must not take a site down.
+    """
+    last_resort_at = _last_resort_at(validity)
+    return last_resort_at if planned_at is None else min(planned_at, last_resort_at)
+
+
+def decide_renewal(
+    now: datetime, validity: Validity | None, planned_at: datetime | None, *, suggested: bool = False
+) -> Decision:
     """Say whether a lineage whose certificate is `validity` (None: it has none) is due at `now`.
 
-    A plan may move a renewal either way, but never past the point of last resort: a wrong plan must
-    not take a site down.
+    `suggested` says that the plan is a moment of the CA's window.
     """
     if validity is None:
         return Renew(Reason.FIRST)
-    last_resort_at = validity.not_before + validity.lifetime * max(renew_after(validity), 2 / 3)
-    if now >= last_resort_at:
+    if now >= _last_resort_at(validity):
         return Renew(Reason.EXPIRES_SOON)
-    due_at = last_resort_at if planned_at is None else min(planned_at, last_resort_at)
-    return Renew(Reason.LIFETIME_USED) if now >= due_at else Wait(due_at)
+    until = due_at(validity, planned_at)
+    if now < until:
+        return Wait(until)
+    return Renew(Reason.CA_SUGGESTED if suggested else Reason.LIFETIME_USED)
+
+
+def is_urgent(now: datetime, validity: Validity | None) -> bool:
+    """Say whether the certificate that serves is about to end, or has ended.
+
+    That is with less than a tenth of its life left, or less than two days of one that is not short.
+    """
+    if validity is None:
+        return False
+    left, lifetime = validity.not_after - now, validity.lifetime
+    return left < lifetime * _LAST_TENTH or (left < _LAST_DAYS and lifetime >= _SHORT_LIFE)
+
+
+def _last_resort_at(validity: Validity) -> datetime:
+    return validity.not_before + validity.lifetime * renew_after(validity)
+
+
+# -- what a CA says of it (RFC 9773) ------------------------------------------------------------------
+
+_MARGIN = timedelta(minutes=15)
+"""What is due waits for the scan and for its turn, and an order past the end of the window is none that
+the CA expects: Let's Encrypt then counts it against its limits. So no moment this close to the end is drawn."""
+_SECOND = timedelta(seconds=1)
+_SOONEST_LOOK = timedelta(minutes=1)
+_LATEST_LOOK = timedelta(hours=24)
+_USUAL_LOOK = timedelta(hours=6)
+_BACK_OFF = tuple(timedelta(minutes=minutes) for minutes in (1, 2, 4, 8, 16))
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The time in which a CA wants a certificate renewed; `end` is later than `start`."""
+
+    start: datetime
+    end: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalInfo:
+    """What a CA says of the renewal of one certificate (RFC 9773 §4.2)."""
+
+    window: Window
+    explanation_url: str | None = None
+    """An https URL for a person: why the window is what it is."""
+    retry_after: timedelta | None = None
+    """When the CA wants to be asked again; None if it does not say."""
+
+
+def choose_moment(window: Window, not_before: datetime, draw: float) -> datetime:
+    """Return a moment of the window, in whole seconds, for a certificate that we have since `not_before`.
+
+    `draw` is a uniform number in [0, 1), and the moments are as likely as each other (RFC 9773 §4.2). The part
+    of a window that lies before the certificate is left out: the window of a short life may begin a day
+    before it, and every second certificate would be renewed as soon as it is there. A window that ended
+    before the certificate began means now.
+    """
+    # Never rounded down, which could lead out of the window.
+    earliest = max(window.start, not_before)
+    earliest += timedelta(microseconds=-earliest.microsecond % 1_000_000)
+    latest = window.end - min(_MARGIN, (window.end - window.start) / 10)
+    return earliest + _SECOND * int(max(0, (latest - earliest) // _SECOND) * draw)
+
+
+def look_after_answer(retry_after: timedelta | None) -> timedelta:
+    """Return when to ask the CA again: when it says, within reason, else after six hours (RFC 9773 §4.3.2)."""
+    return _USUAL_LOOK if retry_after is None else min(max(retry_after, _SOONEST_LOOK), _LATEST_LOOK)
+
+
+def look_after_failure(failures: int, *, passing: bool, retry_after: timedelta | None) -> timedelta:
+    """Return when to ask again after `failures` (>= 1) in a row (RFC 9773 §4.3.3).
+
+    Five times soon, and ever later, after one that passes (no answer in time, trouble of the CA's own); any
+    other one, such as an answer that makes no sense, will hardly be mended sooner than in six hours.
+    """
+    if passing and retry_after is None and failures <= len(_BACK_OFF):
+        return _BACK_OFF[failures - 1]
+    return look_after_answer(retry_after)
+
+
+@dataclass(frozen=True, slots=True)
+class Predecessor:
+    """The certificate that a new one takes the place of."""
+
+    not_after: datetime
+    account_id: str | None
+    """The account that ordered it, None if that is not known any more."""
+    replaced: bool
+    """Whether an order of ours has said that it replaces it, and was not given up."""
+
+
+def may_replace(predecessor: Predecessor, account_id: str, now: datetime) -> bool:
+    """Say whether an order of this account may name what it `replaces` (RFC 9773 §5).
+
+    Only a certificate that the very same account ordered (and with it the same CA) can be replaced, only
+    before its end, and only once.
+    """
+    return predecessor.account_id == account_id and now < predecessor.not_after and not predecessor.replaced
+
+
+_NOT_ABOUT_REPLACES = frozenset([
+    "accountDoesNotExist", "badNonce", "externalAccountRequired", "invalidProfile", "rateLimited",
+    "rejectedIdentifier", "unsupportedIdentifier", "userActionRequired",
+])  # fmt: skip
+_NOT_NOW = frozenset([404, 405, 408, 425, 429, 502, 503, 504])
+"""Statuses that speak of the address or of the moment, not of what was asked."""
+
+
+def drops_replaces(problem: Problem) -> bool:
+    """Say whether an order that was refused is worth one more try without `replaces`.
+
+    CAs do not agree on how to refuse it: alreadyReplaced (RFC 9773 §7.4), conflict, malformed, unauthorized, and
+    serverInternal have been seen. So it is whatever could be about it.
+    """
+    about_names = any(part.identifier for part in problem.subproblems)
+    if about_names or problem.code in _NOT_ABOUT_REPLACES or problem.status in _NOT_NOW:
+        return False
+    return problem.code != "" or 400 <= (problem.status or 0) < 500

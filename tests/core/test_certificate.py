@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import ssl
+from base64 import urlsafe_b64decode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -57,15 +58,20 @@ class Draft:
     not_before: datetime = NOW - timedelta(hours=1)
     not_after: datetime = NOW + timedelta(days=90)
     ca: bool | None = False
+    serial: int = 0xABC123
+    authority_key: bytes | None = None
 
     def make(self) -> x509.Certificate:
         builder = x509.CertificateBuilder().subject_name(name(self.subject)).issuer_name(name(self.issuer))
-        builder = builder.public_key(self.key.public_key()).serial_number(0xABC123)
+        builder = builder.public_key(self.key.public_key()).serial_number(self.serial)
         builder = builder.not_valid_before(self.not_before).not_valid_after(self.not_after)
         if self.names is not None:
             builder = builder.add_extension(x509.SubjectAlternativeName(self.names), critical=False)
         if self.ca is not None:
             builder = builder.add_extension(x509.BasicConstraints(self.ca, None), critical=True)
+        if self.authority_key is not None:
+            identifier = x509.AuthorityKeyIdentifier(self.authority_key, None, None)
+            builder = builder.add_extension(identifier, critical=False)
         return builder.sign(self.signed_by, hashes.SHA256())
 
 
@@ -230,6 +236,51 @@ def test_no_flipped_bit_passes_with_its_issuer(at: int, bit: int) -> None:
     der[at] ^= 1 << bit
     with pytest.raises(ChainRefused):
         check(ssl.DER_cert_to_PEM_cert(bytes(der)) + pem(ISSUER))
+
+
+# -- what the CA calls it ------------------------------------------------------------------------------
+
+
+def test_the_renewal_id_is_the_one_of_the_rfc() -> None:
+    """The example of RFC 9773 §4.1, whose serial needs a leading byte 00."""
+    authority_key = bytes.fromhex("69885b6b87464041e1b37b847ba0ae2cde01c8d4")
+    leaf = read_leaf(pem(Draft(serial=0x87654321, authority_key=authority_key).make()))
+
+    assert leaf.renewal_id == "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE"
+
+
+@given(serial=st.integers(1, 2**159 - 1), authority_key=st.binary(min_size=1, max_size=64))
+def test_a_renewal_id_tells_what_it_names(serial: int, authority_key: bytes) -> None:
+    """Two parts of unpadded base64url: the key identifier, and the serial as the shortest signed number."""
+    renewal_id = read_leaf(pem(Draft(serial=serial, authority_key=authority_key).make())).renewal_id
+    assert renewal_id is not None
+    first, second = (urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in renewal_id.split("."))
+
+    assert re.fullmatch(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", renewal_id)
+    assert first == authority_key
+    assert int.from_bytes(second, "big", signed=True) == serial
+    assert second[0] != 0 or len(second) == 1 or second[1] >= 0x80
+
+
+@pytest.mark.parametrize(
+    "authority_key", [None, b"", b"k" * 300], ids=["no extension", "an empty one", "too long for a URL"]
+)
+def test_a_certificate_may_have_no_renewal_id(authority_key: bytes | None) -> None:
+    """Its CA cannot be asked about it; all else is as usual."""
+    leaf = read_leaf(pem(Draft(authority_key=authority_key).make()))
+
+    assert (leaf.renewal_id, leaf.serial) == (None, "abc123")
+
+
+def test_an_authority_without_a_key_is_none() -> None:
+    """RFC 5280 §4.2.1.1 has the key identifier optional."""
+    authority = x509.AuthorityKeyIdentifier(None, [x509.DirectoryName(name("root"))], 5)
+    builder = x509.CertificateBuilder().subject_name(name("")).issuer_name(name("issuer")).serial_number(7)
+    builder = builder.public_key(LEAF_KEY.public_key()).not_valid_before(NOW).not_valid_after(NOW + timedelta(days=1))
+    builder = builder.add_extension(x509.SubjectAlternativeName(DNS), critical=False)
+    leaf = builder.add_extension(authority, critical=False).sign(ISSUER_KEY, hashes.SHA256())
+
+    assert read_leaf(pem(leaf)).renewal_id is None
 
 
 # -- a certificate and its key -------------------------------------------------------------------------
