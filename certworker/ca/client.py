@@ -1,4 +1,4 @@
-"""Asks one CA: one call is one look or one act (RFC 8555 §7).
+"""Asks one CA: one call is one look or one act (RFC 8555 §7, RFC 9773).
 
 Nothing waits, polls or decides here. Every call returns what the CA said, or raises a CaError that
 `problems.classify` turns into what to do next. Any number of threads may share a client.
@@ -7,7 +7,8 @@ Nothing waits, polls or decides here. Every call returns what the CA said, or ra
 import json
 from base64 import urlsafe_b64encode
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,10 +17,11 @@ from certworker.ca import jws, messages
 from certworker.ca.headers import read_nonce
 from certworker.ca.keys import AccountKey
 from certworker.ca.messages import Directory
-from certworker.ca.problems import read_problem
+from certworker.ca.problems import Endpoint, read_problem
 from certworker.ca.transport import ANSWER_LIMIT, Http, Response
 from certworker.core.order import Authorization, Challenge, Order
-from certworker.errors import AnswerFault, ProblemReported, ProfileNotOffered, TermsNotAgreed
+from certworker.core.renewal import RenewalInfo
+from certworker.errors import AnswerFault, CaError, ProblemReported, ProfileNotOffered, TermsNotAgreed
 
 Clock = Callable[[], datetime]
 
@@ -29,6 +31,8 @@ _NONCES_KEPT = 64
 """More than there are requests at once; old nonces are the first that a CA forgets."""
 _DIRECTORY_LIFETIME = timedelta(hours=1)
 _CHAIN_LIMIT = 256 * 1024
+_RENEWAL_INFO_LIMIT = 16 * 1024
+"""Bytes; an honest answer has some two hundred."""
 _JOSE = {"Content-Type": "application/jose+json"}
 _MOVED = (404, 405)
 
@@ -54,7 +58,7 @@ class Client:
     """Speaks with the CA at `directory_url` over `transport`."""
 
     def __init__(self, directory_url: str, transport: Http, now: Clock) -> None:
-        self._directory_url = directory_url
+        self.directory_url = directory_url
         self._http = transport
         self._now = now
         self._nonces: deque[str] = deque(maxlen=_NONCES_KEPT)
@@ -66,7 +70,15 @@ class Client:
         """Return what the CA offers; asked for once an hour (RFC 8555 §7.1.1)."""
         cached = self._directory
         # Threads that come at once all ask: in line they would wait for each other's time limits.
-        return cached[0] if cached and self._now() < cached[1] else self._fetch_directory()
+        return cached[0] if cached and self._now() < cached[1] else self.refresh_directory()
+
+    def refresh_directory(self) -> Directory:
+        """Ask what the CA offers, whatever is remembered: shows whether it answers at all."""
+        with _asking(Endpoint.DIRECTORY):
+            response = self._expect("reading the directory", self._http.request("GET", self.directory_url))
+            directory = messages.read_directory(response)
+        self._directory = directory, self._now() + _DIRECTORY_LIFETIME
+        return directory
 
     # -- accounts --------------------------------------------------------------------------------------
 
@@ -175,6 +187,19 @@ class Client:
             if error.problem.code != "alreadyRevoked":
                 raise
 
+    # -- renewal information ---------------------------------------------------------------------------
+
+    def fetch_renewal_info(self, renewal_id: str) -> RenewalInfo:
+        """Return when the CA wants a certificate of its own renewed; anybody may ask (RFC 9773 §4.1).
+
+        AnswerFault when its directory offers no such information, as every other answer that is of no use.
+        """
+        base = self.directory().renewal_info
+        if base is None:
+            raise AnswerFault(self.directory_url, "it offers no renewalInfo")
+        response = self._http.request("GET", f"{base}/{renewal_id}", max_bytes=_RENEWAL_INFO_LIMIT)
+        return messages.read_renewal_info(self._expect("reading the renewal information", response), self._now())
+
     # -- requests --------------------------------------------------------------------------------------
 
     def _create(self, doing: str, resource: str, payload: Mapping[str, Any], signer: Account | AccountKey) -> Response:
@@ -185,16 +210,10 @@ class Client:
         except ProblemReported as error:
             if error.problem.status not in _MOVED:
                 raise
-            moved: str = getattr(self._fetch_directory(), resource)
+            moved: str = getattr(self.refresh_directory(), resource)
             if moved == url:
                 raise
             return self._post(doing, signer, moved, payload)
-
-    def _fetch_directory(self) -> Directory:
-        response = self._expect("reading the directory", self._http.request("GET", self._directory_url))
-        directory = messages.read_directory(response)
-        self._directory = directory, self._now() + _DIRECTORY_LIFETIME
-        return directory
 
     def _look(
         self,
@@ -263,10 +282,21 @@ class Client:
     def _fetch_nonce(self) -> str:
         """Ask for a nonce (RFC 8555 §7.2)."""
         url = self.directory().new_nonce
-        nonce = read_nonce(self._expect("asking for a nonce", self._http.request("HEAD", url)).headers)
-        if nonce is None:
-            raise AnswerFault(url, "its Replay-Nonce is missing or not base64url; check proxies in between")
+        with _asking(Endpoint.NEW_NONCE):
+            nonce = read_nonce(self._expect("asking for a nonce", self._http.request("HEAD", url)).headers)
+            if nonce is None:
+                raise AnswerFault(url, "its Replay-Nonce is missing or not base64url; check proxies in between")
         return nonce
+
+
+@contextmanager
+def _asking(endpoint: Endpoint) -> Iterator[None]:
+    """Let an error say that it came of what every act needs first."""
+    try:
+        yield
+    except CaError as error:
+        error.asked = endpoint
+        raise
 
 
 def _base64url(data: bytes) -> str:

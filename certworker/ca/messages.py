@@ -1,4 +1,4 @@
-"""A CA's JSON as values of `core.order`, and the directory (RFC 8555 §7.1).
+"""A CA's JSON as values of `core.order` and `core.renewal`, and the directory (RFC 8555 §7.1, RFC 9773 §4.2).
 
 Robust in one direction only: what we do not know is dropped or kept as unknown, what we need and do not
 find is an AnswerFault. `acme.messages` is stricter where CAs differ (one unknown status or identifier
@@ -25,6 +25,7 @@ from certworker.core.order import (
     Order,
     OrderStatus,
 )
+from certworker.core.renewal import RenewalInfo, Window
 from certworker.errors import AnswerFault
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,512}")
@@ -64,7 +65,7 @@ def read_directory(response: Response) -> Directory:
         key_change=fields.url("keyChange"),
         renewal_info=fields.url("renewalInfo").rstrip("/") if fields.has("renewalInfo") else None,
         terms_of_service=clean_text(meta.text("termsOfService")) if meta.has("termsOfService") else None,
-        website=_shown_url(meta, "website"),
+        website=_shown_url(meta, "website", "https", "http"),
         caa_identities=tuple(str(v) for v in meta.entries("caaIdentities")) if meta.has("caaIdentities") else (),
         profiles=_profiles(meta),
         external_account_required=meta.flag("externalAccountRequired"),
@@ -113,6 +114,21 @@ def read_challenge(response: Response) -> Challenge:
     return _challenge(_fields(response))
 
 
+def read_renewal_info(response: Response, now: datetime) -> RenewalInfo:
+    """Read what the CA says of a certificate's renewal (RFC 9773 §4.2)."""
+    fields = _fields(response)
+    window = fields.member("suggestedWindow")
+    # Whole seconds are all that a CA can mean, and the same window is the same again when it comes back.
+    start, end = (window.time(name).replace(microsecond=0) for name in ("start", "end"))
+    if end <= start:
+        raise window.fault("end", "must be later than start")
+    return RenewalInfo(
+        window=Window(start, end),
+        explanation_url=_shown_url(fields, "explanationURL", "https"),
+        retry_after=read_retry_after(response.headers, now),
+    )
+
+
 def read_location(response: Response) -> str:
     """Return where the thing that was made is found, or raise AnswerFault."""
     location = response.headers.get("location", "")
@@ -159,10 +175,10 @@ def _status(fields: Fields, statuses: type[_S]) -> _S:
     return statuses(status) if status in set(statuses) else statuses("unknown")
 
 
-def _shown_url(meta: Fields, name: str) -> str | None:
-    """A URL that is only shown to people: a bad one is no reason to refuse the directory."""
-    value = meta.raw(name)
-    return value if isinstance(value, str) and is_url(value, "https", "http") else None
+def _shown_url(fields: Fields, name: str, *schemes: str) -> str | None:
+    """A URL that is only shown to people: a bad one is no reason to refuse the answer."""
+    value = fields.raw(name)
+    return value if isinstance(value, str) and is_url(value, *schemes) else None
 
 
 def _profiles(meta: Fields) -> dict[str, str]:

@@ -72,8 +72,15 @@ class _Knobs:
     """Any makes a binding compulsory."""
     refused_names: frozenset[str] = frozenset()
     """Names that newOrder rejects, each with a subproblem."""
+    informs: bool = True
+    """Whether the directory offers renewalInfo; without it `replaces` is not understood either."""
     renewal_windows: dict[str, tuple[datetime, datetime]] = field(default_factory=dict)
-    """Windows for certificates by their renewal id; without one it is the last third of the lifetime."""
+    """Windows by renewal id, also of certificates that were never issued; else it is the last third of the life."""
+    renewal_retry_after: str | None = "21600"
+    explanation_url: str | None = None
+    replaced_by: Literal["certificate", "order"] = "certificate"
+    """What makes a second order with the same `replaces` fail: a certificate (Pebble), or an order that may
+    still lead to one (Boulder)."""
 
 
 class FakeCa(_Knobs):
@@ -312,8 +319,8 @@ class FakeCa(_Knobs):
         profile, replaces = payload.get("profile"), payload.get("replaces")
         if profile is not None and profile not in self.profiles:
             raise _Refused(400, "invalidProfile", "no such profile")
-        if replaces is not None and any(line.replaces == replaces for line in self.issued):
-            raise _Refused(409, "alreadyReplaced", "the certificate was replaced already")
+        if replaces is not None and self.informs:
+            self._check_replaces(account, names, replaces)
         expires_at = self.now() + timedelta(days=7)
         authorizations = [self._authorize(account, name, expires_at) for name in names]
         order = FakeOrder(
@@ -322,6 +329,19 @@ class FakeCa(_Knobs):
         self.orders[order.url] = order
         order.advance()
         return 201, {"location": order.url}, order.show()
+
+    def _check_replaces(self, account: FakeAccount, names: list[str], replaces: str) -> None:
+        """Refuse what RFC 9773 §5 has a CA refuse, with what Pebble says."""
+        line = self._find_issued(replaces)
+        if line is None:
+            raise _Refused(400, "malformed", "no such certificate, or of another issuer")
+        if self.orders[line.order_url].account is not account:
+            raise _Refused(403, "unauthorized", "another account ordered that certificate")
+        if not line.dns_names & set(names):
+            raise _Refused(500, "serverInternal", "the orders have no identifier in common")
+        over = ("invalid",) if self.replaced_by == "order" else ("pending", "ready", "invalid")
+        if any(order.replaces == replaces and order.status not in over for order in self.orders.values()):
+            raise _Refused(409, "alreadyReplaced", "the certificate was replaced already")
 
     def _authorize(self, account: FakeAccount, name: str, expires_at: datetime) -> FakeAuthorization:
         if self.reuse_authorizations:
@@ -396,17 +416,23 @@ class FakeCa(_Knobs):
         return 200, {}, ""
 
     def _renewal_info(self, name: str) -> tuple[int, dict[str, str], str]:
-        line = next((line for line in self.issued if line.renewal_id == name), None)
+        start, end = self.renewal_windows.get(name) or self._usual_window(name)
+        shown: dict[str, Any] = {"suggestedWindow": {"start": show_time(start), "end": show_time(end)}}
+        if self.explanation_url is not None:
+            shown["explanationURL"] = self.explanation_url
+        wait = {"retry-after": self.renewal_retry_after} if self.renewal_retry_after is not None else {}
+        return 200, wait, json.dumps(shown)
+
+    def _usual_window(self, name: str) -> tuple[datetime, datetime]:
+        line = self._find_issued(name)
         if line is None:
             raise _Refused(404, "malformed", "no such certificate")
         ends_at = line.certificate.not_valid_after_utc
-        window = (ends_at - (ends_at - line.certificate.not_valid_before_utc) / 3, ends_at)
-        start, end = self.renewal_windows.get(name, window)
-        return (
-            200,
-            {"retry-after": "21600"},
-            json.dumps({"suggestedWindow": {"start": show_time(start), "end": show_time(end)}}),
-        )
+        return ends_at - (ends_at - line.certificate.not_valid_before_utc) / 3, ends_at
+
+    def _find_issued(self, renewal_id: str) -> Issued | None:
+        """Return a line of the ledger whose order is remembered: a restart forgets them."""
+        return next((i for i in self.issued if i.renewal_id == renewal_id and i.order_url in self.orders), None)
 
     # -- what is shown ---------------------------------------------------------------------------------
 
@@ -431,6 +457,7 @@ class FakeCa(_Knobs):
             "newOrder": "new-order",
             "revokeCert": "revoke",
             "keyChange": "key-change",
-            "renewalInfo": "renewal-info",
         }
+        if self.informs:
+            paths["renewalInfo"] = "renewal-info"
         return {"meta": meta, **{name: f"{ORIGIN}/{path}" for name, path in paths.items()}}

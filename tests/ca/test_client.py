@@ -11,6 +11,7 @@ from certworker.ca.client import Account, Client, ExternalAccount
 from certworker.ca.csr import make_csr, make_key, spki_sha256
 from certworker.ca.keys import AccountKey
 from certworker.core.order import AuthorizationStatus, ChallengeStatus, Order, OrderStatus
+from certworker.core.renewal import Window, drops_replaces
 from certworker.errors import (
     AnswerFault,
     CaError,
@@ -225,6 +226,15 @@ def test_the_directory_is_read_once_an_hour(ca: FakeCa) -> None:
         assert ca.count("GET", "/directory") == reads
 
 
+def test_the_directory_is_asked_for_whatever_is_remembered(ca: FakeCa, client: Client) -> None:
+    """A probe wants to know whether the CA answers now; what it says is remembered for an hour again."""
+    client.directory()
+    ca.profiles = {"short": timedelta(days=6)}
+
+    assert set(client.refresh_directory().profiles) == set(client.directory().profiles) == {"short"}
+    assert ca.count("GET", "/directory") == 2
+
+
 @pytest.mark.parametrize("status", [404, 405])
 def test_a_moved_endpoint_is_looked_up_again(ca: FakeCa, key: AccountKey, status: int) -> None:
     """A request that was refused where it used to go is sent to where the directory says now."""
@@ -306,6 +316,34 @@ def test_an_order_may_say_what_it_replaces(ca: FakeCa, client: Client, account: 
     assert (caught.value.problem.code, caught.value.problem.status) == ("alreadyReplaced", 409)
 
 
+def test_a_ca_may_hold_an_order_for_a_replacement(ca: FakeCa, client: Client, account: Account) -> None:
+    """Boulder refuses the second order although the first has led to nothing yet, until that one is invalid."""
+    ca.replaced_by = "order"
+    old = issue(ca, client, account)
+    order = client.new_order(account, NAMES, replaces=old.renewal_id)
+
+    with pytest.raises(ProblemReported, match="alreadyReplaced"):
+        client.new_order(account, NAMES, replaces=old.renewal_id)
+    client.deactivate_authorization(account, order.authorization_urls[0])
+    client.fetch_order(account, order.url)
+    assert client.new_order(account, NAMES, replaces=old.renewal_id).status is OrderStatus.PENDING
+
+
+def test_what_cannot_be_replaced_is_refused(ca: FakeCa, client: Client, account: Account) -> None:
+    """Another account's, one without a name in common, one from before the CA was reset: all worth an order without."""
+    old = issue(ca, client, account)
+    stranger = client.new_account(AccountKey.generate(), (), terms_agreed=True, eab=None)
+    asked = [(stranger, NAMES, old.renewal_id), (account, ("c.test",), old.renewal_id), (account, NAMES, "AAAA.AQ")]
+    refused = []
+    for who, names, replaces in asked:
+        with pytest.raises(ProblemReported) as caught:
+            client.new_order(who, names, replaces=replaces)
+        refused.append(caught.value.problem)
+
+    assert [problem.code for problem in refused] == ["unauthorized", "serverInternal", "malformed"]
+    assert all(drops_replaces(problem) for problem in refused)
+
+
 def test_a_refused_name_is_told_apart(ca: FakeCa, client: Client, account: Account) -> None:
     """Subproblems say which of the names it was."""
     ca.refused_names = frozenset({"bad.test"})
@@ -358,6 +396,50 @@ def test_revoking_twice_is_fine(ca: FakeCa, client: Client, account: Account) ->
         client.revoke(account, line.certificate.public_bytes(Encoding.DER), reason=1)
 
     assert ca.revoked == {line.serial}
+
+
+# -- renewal information --------------------------------------------------------------------------------
+
+
+def test_anybody_may_ask_when_to_renew(ca: FakeCa, client: Client, account: Account) -> None:
+    """One GET, signed by nobody, answered with window, link and wait (RFC 9773 §4.1)."""
+    old = issue(ca, client, account)
+    start = NOW + timedelta(days=50)
+    ca.renewal_windows[old.renewal_id] = (start, start + timedelta(days=2))
+    ca.explanation_url = "https://ca.test/why"
+    said = client.fetch_renewal_info(old.renewal_id)
+
+    assert said.window == Window(start, start + timedelta(days=2))
+    assert (said.explanation_url, said.retry_after) == ("https://ca.test/why", timedelta(hours=6))
+    assert ca.count("GET", f"/renewal-info/{old.renewal_id}") == 1
+
+
+def test_a_ca_that_does_not_inform_is_not_asked(ca: FakeCa, client: Client) -> None:
+    """Only what the directory offers has an address."""
+    ca.informs = False
+
+    with pytest.raises(AnswerFault, match="offers no renewalInfo"):
+        client.fetch_renewal_info("AAAA.AQ")
+    assert ca.count("GET", "/renewal-info/*") == 0
+
+
+@pytest.mark.parametrize("body", [b"", b"garbage", b"{}", b"null", b"[" * 9000, b'{"suggestedWindow": {}}', b"\xff"])
+def test_renewal_information_that_is_none_is_refused(ca: FakeCa, client: Client, body: bytes) -> None:
+    """The address that said it is named."""
+    ca.fail_next("GET", "/renewal-info/*", status=200, body=body)
+
+    with pytest.raises(AnswerFault, match=r"https://ca\.test/renewal-info/AAAA\.AQ"):
+        client.fetch_renewal_info("AAAA.AQ")
+
+
+@pytest.mark.parametrize("status", [400, 404, 429, 500, 503])
+def test_a_refusal_to_inform_keeps_its_wait(ca: FakeCa, client: Client, status: int) -> None:
+    """A busy CA may say until when."""
+    ca.fail_next("GET", "/renewal-info/*", problem="serverInternal", status=status, headers={"retry-after": "77"})
+
+    with pytest.raises(ProblemReported, match="reading the renewal information") as caught:
+        client.fetch_renewal_info("AAAA.AQ")
+    assert (caught.value.problem.status, caught.value.problem.retry_after) == (status, timedelta(seconds=77))
 
 
 # -- threads and secrets --------------------------------------------------------------------------------

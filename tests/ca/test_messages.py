@@ -15,9 +15,11 @@ from certworker.ca.messages import (
     read_directory,
     read_location,
     read_order,
+    read_renewal_info,
 )
 from certworker.ca.transport import Response
 from certworker.core.order import AuthorizationStatus, ChallengeStatus, OrderStatus
+from certworker.core.renewal import RenewalInfo, Window, choose_moment
 from certworker.errors import AnswerFault
 
 from .conftest import NOW
@@ -151,6 +153,75 @@ def test_a_directory_is_read() -> None:
     assert (bare.renewal_info, bare.profiles, bare.external_account_required) == (None, {}, False)
 
 
+RENEWAL_INFO: dict[str, Any] = {
+    "suggestedWindow": {"start": "2027-01-02T04:00:00Z", "end": "2027-01-03T06:00:00+02:00"},
+    "explanationURL": "https://ca.test/docs/ari",
+}
+
+
+def test_renewal_information_is_read() -> None:
+    """The window in UTC and whole seconds; link and wait are optional (RFC 9773 §4.2)."""
+    window = Window(datetime(2027, 1, 2, 4, tzinfo=UTC), datetime(2027, 1, 3, 4, tzinfo=UTC))
+    full = read_renewal_info(answer(RENEWAL_INFO, retry_after="21600"), NOW)
+    odd = {"start": "2027-01-02T04:00:00.123456789Z", "end": "2027-01-03T04:00:00.9Z"}
+
+    assert full == RenewalInfo(window, "https://ca.test/docs/ari", timedelta(hours=6))
+    assert read_renewal_info(answer({"suggestedWindow": odd, "x": []}), NOW) == RenewalInfo(window)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "javascript:alert(1)",
+        "http://ca.test/",
+        "https://ca.test/\u0007",
+        "https://ca.test/\n",
+        "https://ca.test/\u202e",
+        "https://user:secret@ca.test/",
+        "https://",
+        "https://ca.test/" + "x" * 2048,
+        5,
+        None,
+        ["https://ca.test/"],
+    ],
+)
+def test_a_link_that_is_not_to_be_shown_is_dropped(url: object) -> None:
+    """It goes to logs and terminals, and perhaps to somebody's browser; the window counts all the same."""
+    said = read_renewal_info(answer({**RENEWAL_INFO, "explanationURL": url}), NOW)
+
+    assert (said.explanation_url, said.window.start.year) == (None, 2027)
+
+
+@pytest.mark.parametrize("wait", ["-5", "soon", "", "1.5", "9" * 400 + "x", "Sun, 31 Nov 2026 00:00:00 GMT"])
+def test_a_wait_that_is_none_is_dropped(wait: str) -> None:
+    """As if the CA had not said when to ask again."""
+    assert read_renewal_info(answer(RENEWAL_INFO, retry_after=wait), NOW).retry_after is None
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        (None, "suggestedWindow must be an object"),
+        ([], "suggestedWindow must be an object"),
+        ({}, r"suggestedWindow\.start is missing"),
+        ({"start": "2027-01-02T04:00:00Z"}, r"suggestedWindow\.end is missing"),
+        ({"start": "2027-01-02T04:00:00Z", "end": "2027-01-02T04:00:00Z"}, "must be later than start"),
+        ({"start": "2027-01-02T04:00:00Z", "end": "2027-01-02T04:00:00.9Z"}, "must be later than start"),
+        ({"start": "2027-01-02T04:00:01Z", "end": "2027-01-02T04:00:00Z"}, "must be later than start"),
+        ({"start": "0001-01-01T00:00:00Z", "end": "0001-01-01T00:00:00Z"}, "must be later than start"),
+        ({"start": "2027-01-02T04:00:00", "end": "2027-01-03T04:00:00Z"}, "start must be a time"),
+        ({"start": 1798862400, "end": 1798948800}, "start must be a text"),
+        ({"start": "2027-01-02T04:00:00Z", "end": "99999-01-01T00:00:00Z"}, "end must be a time"),
+        ({"start": "0001-01-01T00:00:00+14:00", "end": "2027-01-03T04:00:00Z"}, "start must be a time"),
+        ({"start": "2027-01-02T04:00:00Z", "end": "9999-12-31T23:59:59-12:00"}, "end must be a time"),
+    ],
+)
+def test_a_window_that_is_none_is_refused(window: object, said: str) -> None:
+    """RFC 9773 §4.2: as if there had been no answer."""
+    with pytest.raises(AnswerFault, match=said):
+        read_renewal_info(answer({"suggestedWindow": window}), NOW)
+
+
 @pytest.mark.parametrize("location", ["", "http://ca.test/a", "//u@ca.test/", "https://", "javascript:x", "\x00"])
 def test_a_thing_must_be_somewhere(location: str) -> None:
     """Without a Location that can be asked, what was made is lost."""
@@ -195,10 +266,26 @@ def test_any_directory_is_read_or_refused(change: dict[str, Any], meta: object) 
         return
 
 
+any_time = st.datetimes(timezones=st.just(UTC)).map(datetime.isoformat) | anything
+
+
+@given(any_time, any_time, anything, st.text(), st.floats(0, 1, exclude_max=True))
+def test_any_renewal_information_is_read_or_refused(
+    start: object, end: object, url: object, wait: str, draw: float
+) -> None:
+    """Never anything else; and of whatever was read a moment can be drawn."""
+    document = {"suggestedWindow": {"start": start, "end": end}, "explanationURL": url}
+    try:
+        said = read_renewal_info(answer(document, retry_after=wait), NOW)
+    except AnswerFault:
+        return
+    assert said.window.start <= choose_moment(said.window, said.window.start, draw) <= said.window.end
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     """Never anything else."""
-    for read in (read_directory, read_challenge, read_chain):
+    for read in (read_directory, read_challenge, read_chain, lambda response: read_renewal_info(response, NOW)):
         try:
             read(answer(body))
         except AnswerFault:
