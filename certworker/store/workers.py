@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, delete, insert, literal, select, update
+from sqlalchemy import Connection, delete, literal, select, update
 
-from certworker.store.rows import columns_of, to_value
+from certworker.store.rows import columns_of, put_row, to_value
 from certworker.store.tables import workers
 from certworker.store.types import db_now, seconds_from_now
 
@@ -25,18 +25,18 @@ class Worker:
     heartbeat_at: datetime
 
 
-def enter(tx: Connection, worker_id: str, host: str, pid: int, version: str) -> None:
-    """Say that a worker is there."""
-    tx.execute(
-        insert(workers).values(
-            id=worker_id, host=host, pid=pid, version=version, started_at=db_now(), heartbeat_at=db_now()
-        )
-    )
+def enter(tx: Connection, worker_id: str, host: str, pid: int, version: str, place: str | None = None) -> None:
+    """Say that a worker is there, and which `store.role.Place` it holds."""
+    put_row(
+        tx, workers, id=worker_id, host=host, pid=pid, version=version, place=place, started_at=db_now(),
+        heartbeat_at=db_now(),
+    )  # fmt: skip
 
 
-def beat(tx: Connection, worker_id: str) -> None:
-    """Say that it still is."""
-    tx.execute(update(workers).where(workers.c.id == worker_id).values(heartbeat_at=db_now()))
+def beat(tx: Connection, worker_id: str) -> datetime | None:
+    """Say that it still is; return the database's time, None if it was taken for dead and has to enter again."""
+    row = update(workers).where(workers.c.id == worker_id).values(heartbeat_at=db_now())
+    return tx.execute(row.returning(workers.c.heartbeat_at)).scalar()
 
 
 def leave(tx: Connection, worker_id: str) -> None:
@@ -49,6 +49,11 @@ def alive(tx: Connection) -> list[Worker]:
     since = seconds_from_now(literal(-int(SILENT.total_seconds())))
     query = select(*columns_of(Worker, workers)).where(workers.c.heartbeat_at > since).order_by(workers.c.started_at)
     return [to_value(Worker, row) for row in tx.execute(query)]
+
+
+def bury_place(tx: Connection, place: str) -> list[str]:
+    """Delete whoever was at `place`, which the caller holds now; return their ids, for the leases they left."""
+    return list(tx.execute(delete(workers).where(workers.c.place == place).returning(workers.c.id)).scalars())
 
 
 def bury(tx: Connection, *, everybody: bool = False) -> None:

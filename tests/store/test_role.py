@@ -1,7 +1,8 @@
-"""The worker role of an SQLite file: one process, and free again however that process ends."""
+"""What one process at a time can be: free again however that process ends."""
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from certworker.errors import DatabaseHeld
-from certworker.store.role import WorkerRole, lock_path
+from certworker.store.role import Place, WorkerRole, lock_path
 
 from .conftest import NOW
 
@@ -31,9 +32,19 @@ sys.stdin.read()
 """
 
 
-def start(database: Path) -> subprocess.Popen[str]:
-    """Start a process that takes the role and keeps it until its input ends."""
-    command = [sys.executable, "-c", HOLD, str(database)]
+STAND = """
+import sys
+from pathlib import Path
+from certworker.store.role import Place
+place = Place.take(Path(sys.argv[1]))
+print(place and place.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def start(path: Path, program: str = HOLD) -> subprocess.Popen[str]:
+    """Start a process that takes the role (STAND: the place) and keeps it until its input ends."""
+    command = [sys.executable, "-c", program, str(path)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -87,3 +98,61 @@ def test_a_holder_that_left_no_note_is_still_refused(tmp_path: Path) -> None:
         lock_path(tmp_path / "a.db").write_text("{")
         with pytest.raises(DatabaseHeld, match="a process that has not said who it is"):
             WorkerRole.take(tmp_path / "a.db", NOW)
+
+
+# -- the place of a worker ----------------------------------------------------------------------------
+
+
+def test_a_place_is_one_worker_s_until_it_dies(tmp_path: Path) -> None:
+    """The next one gets the same name, at once after a SIGKILL; meanwhile nobody does."""
+    with start(tmp_path, STAND) as first:
+        name = said(first)
+        with start(tmp_path, STAND) as second:
+            assert said(second) == "None"
+            second.stdin.close()  # type: ignore[union-attr]
+        assert Place.take(tmp_path) is None
+
+        first.send_signal(signal.SIGKILL)
+        first.wait(10)
+        with take(tmp_path) as place:
+            assert place.name == name
+            assert Place.take(tmp_path) is None
+    with take(tmp_path) as place:
+        assert place.name == name
+
+
+def test_every_folder_is_a_place_of_its_own(tmp_path: Path) -> None:
+    """A copy too: a second machine may have been set up from the first one's folder."""
+    (tmp_path / "one").mkdir()
+    with take(tmp_path / "one") as one:
+        shutil.copytree(tmp_path / "one", tmp_path / "copy")
+        (tmp_path / "two").mkdir()
+        with take(tmp_path / "copy") as copy, take(tmp_path / "two") as two:
+            assert len({one.name, copy.name, two.name}) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"x" * 200])
+def test_a_place_that_was_never_named_is_named(tmp_path: Path, content: bytes) -> None:
+    """Its first worker may have died between making the file and writing to it."""
+    (tmp_path / "worker.lock").write_bytes(content)
+    with take(tmp_path) as place:
+        name = place.name
+    with take(tmp_path) as place:
+        assert place.name == name
+
+
+def test_a_folder_that_holds_no_lock_is_no_place(tmp_path: Path) -> None:
+    """Nothing is there, or something that is not ours: a worker runs without."""
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "worker.lock").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder" / "worker.lock").mkdir(parents=True)
+
+    for folder in ("nowhere", "linked", "folder"):
+        assert Place.take(tmp_path / folder) is None
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def take(data_dir: Path) -> Place:
+    place = Place.take(data_dir)
+    assert place is not None
+    return place
