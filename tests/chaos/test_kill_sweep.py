@@ -1,0 +1,190 @@
+"""kill -9 at every boundary of an issuance, then the same start again: one certificate, no key lost.
+
+The points are K01 to K24 of the fault matrix. At each the worker is held exactly there, it is proved from
+the database and from what the CA saw that it is, and only then it is killed.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from certworker.core.issuance import State
+from tests.flow.box import until
+
+from .database import held_write
+from .oracles import OneActive, assert_audited, assert_nothing_stuck, assert_pairs, assert_quiet, keys_lost
+from .proxy import Hold, rewrite
+from .worker import Rig
+
+pytestmark = pytest.mark.pebble
+
+LEASES_END_BY_HAND = True
+"""On PostgreSQL a lease of a killed worker lasts 60 s; shorten it."""
+RESUME_LIMIT = {"sqlite": 5.0, "postgresql": 10.0}
+"""Seconds from the start of the process to the active certificate."""
+
+Reached = Callable[[], bool]
+Arrange = Callable[[Rig, ExitStack], Reached]
+
+
+def before(route: str, skip: int = 0) -> Arrange:
+    """Hold a request before the CA sees it."""
+
+    def arrange(rig: Rig, stack: ExitStack) -> Reached:
+        hold = Hold()
+        rig.proxy.on(route, hold, skip=skip)
+        return lambda: hold.reached
+
+    return arrange
+
+
+def after(route: str, done: Callable[[Rig], bool] = lambda _: True) -> Arrange:
+    """Hold the CA's answer, and wait until `done`: some of what it does, it does after its answer."""
+
+    def arrange(rig: Rig, stack: ExitStack) -> Reached:
+        hold = Hold(answered=True)
+        rig.proxy.on(route, hold)
+        return lambda: hold.reached and done(rig)
+
+    return arrange
+
+
+def nonce_after(route: str) -> Arrange:
+    """Hold before anything is sent: the answer of `route` brings no nonce, so one has to be asked for."""
+
+    def arrange(rig: Rig, stack: ExitStack) -> Reached:
+        rig.proxy.on(route, rewrite(lambda answer: answer.without("replay-nonce")))
+        return before("newNonce", skip=1)(rig, stack)
+
+    return arrange
+
+
+def commit(when: str, table: str = "issuances") -> Arrange:
+    """Hold a transaction at a write of this kind, before its COMMIT."""
+
+    def arrange(rig: Rig, stack: ExitStack) -> Reached:
+        held = stack.enter_context(held_write(rig.url, table, when))
+        return lambda: held.reached
+
+    return arrange
+
+
+def commit_of(state: State) -> Arrange:
+    return commit(f"NEW.state = '{state}'")
+
+
+def committed(state: State) -> Arrange:
+    """Hold nothing: what follows this commit is no part of the issuance."""
+
+    def arrange(rig: Rig, stack: ExitStack) -> Reached:
+        return lambda: any(issuance.state == state for issuance in rig.issuances(NAME))
+
+    return arrange
+
+
+def has_looked(rig: Rig) -> bool:
+    """Say whether the CA has fetched the token and was content."""
+    (authorization,) = rig.proxy.seen("authorization")
+    return f"authz {authorization.path.rpartition('/')[2]} set VALID" in rig.ca.log_path.read_text()
+
+
+def has_issued(rig: Rig) -> bool:
+    return len(rig.ledger()) == 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the worker dies."""
+
+    name: str
+    what: str
+    """What is held, in words."""
+    hold: Arrange
+    state: State
+    """What is committed then."""
+    at_ca: tuple[int, int, int]
+    """How many accounts, orders and certificates the CA has made by then."""
+    orders: int = 1
+    """How many orders the CA has made in the end."""
+
+
+NAME = "kill.chaos.test"
+NOTHING, ACCOUNT, ORDER, ISSUED = (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)
+S = State
+
+POINTS = [
+    Point("K01", "commit of the key", commit_of(S.KEY_READY), S.QUEUED, NOTHING),
+    Point("K02", "newAccount unsent", before("newAccount"), S.KEY_READY, NOTHING),
+    Point("K02a", "newAccount unanswered", after("newAccount"), S.KEY_READY, ACCOUNT),
+    Point("K03", "commit of order_intent", commit_of(S.ORDER_INTENT), S.KEY_READY, ACCOUNT),
+    Point("K04", "nonce for newOrder", nonce_after("newAccount"), S.ORDER_INTENT, ACCOUNT),
+    Point("K05", "newOrder unsent", before("newOrder"), S.ORDER_INTENT, ACCOUNT),
+    # The one place where an order may be left over: a CA without order reuse makes another one.
+    Point("K06", "newOrder unanswered", after("newOrder"), S.ORDER_INTENT, ORDER, orders=2),
+    Point("K06a", "commit of ordered", commit_of(S.ORDERED), S.ORDER_INTENT, ORDER, orders=2),
+    Point("K07", "authorization unsent", before("authorization"), S.ORDERED, ORDER),
+    Point("K08", "authorization unanswered", after("authorization"), S.ORDERED, ORDER),
+    Point("K09", "commit of published", commit_of(S.PUBLISHED), S.ORDERED, ORDER),
+    Point("K10", "nonce for the challenge", nonce_after("authorization"), S.PUBLISHED, ORDER),
+    Point("K12", "challenge unsent", before("challenge"), S.PUBLISHED, ORDER),
+    Point("K13", "challenge unanswered", after("challenge", has_looked), S.PUBLISHED, ORDER),
+    Point("K13a", "commit of validating", commit_of(S.VALIDATING), S.PUBLISHED, ORDER),
+    Point("K14", "order unsent, validating", before("order"), S.VALIDATING, ORDER),
+    Point("K14a", "commit of authorized", commit_of(S.AUTHORIZED), S.VALIDATING, ORDER),
+    Point("K15", "commit of finalize_intent", commit_of(S.FINALIZE_INTENT), S.AUTHORIZED, ORDER),
+    Point("K16", "finalize unsent", before("finalize"), S.FINALIZE_INTENT, ORDER),
+    Point("K17", "finalize unanswered", after("finalize", has_issued), S.FINALIZE_INTENT, ISSUED),
+    Point("K17a", "commit of finalizing", commit_of(S.FINALIZING), S.FINALIZE_INTENT, ISSUED),
+    Point("K18", "order unsent, finalizing", before("order", skip=1), S.FINALIZING, ISSUED),
+    Point("K18a", "commit of issued", commit_of(S.ISSUED), S.FINALIZING, ISSUED),
+    Point("K19", "certificate unanswered", after("certificate"), S.ISSUED, ISSUED),
+    Point("K19a", "commit of downloaded", commit_of(S.DOWNLOADED), S.ISSUED, ISSUED),
+    Point("K20", "first write of the activation", commit_of(S.DONE), S.DOWNLOADED, ISSUED),
+    Point("K21", "last write of the activation", commit("NEW.status = 'active'", "certificates"), S.DOWNLOADED, ISSUED),
+    Point("K22", "after the activation", committed(S.DONE), S.DONE, ISSUED),
+]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
+def test_one_certificate_whatever_dies(point: Point, rig: Rig, record_property: Callable[[str, object], None]) -> None:
+    """Killed at this point and started again: one certificate of the CA's, with the key that was stored."""
+    rig.want(NAME)
+    with OneActive(rig.url) as watch:
+        with ExitStack() as holds:
+            reached = point.hold(rig, holds)
+            rig.worker.start()
+            until(reached)
+            dead = rig.issuance(NAME)
+            assert dead.state == point.state
+            assert (rig.accounts(), rig.orders(), len(rig.ledger())) == point.at_ca
+            rig.worker.kill()
+        assert rig.issuance(NAME).state == point.state
+        if LEASES_END_BY_HAND:
+            rig.end_leases()
+
+        rig.worker.start()
+        until(lambda: rig.serial(NAME) is not None)
+        resumed = time.monotonic() - rig.worker.started_at
+        done = rig.issuance(NAME)
+        assert_quiet(rig)
+    record_property("kill", {
+        "point": point.name, "held": point.what, "state": point.state.value,
+        "database": "sqlite" if rig.db.embedded else "postgresql", "kills": 1, "wanted": 1,
+        "issued": len(rig.ledger()), "keys lost": len(keys_lost(rig)), "duplicates": len(rig.ledger()) - 1,
+        "orders": rig.orders(), "resume s": f"{resumed:.1f}",
+    })  # fmt: skip
+
+    assert watch.samples > 0
+    assert len(rig.ledger()) == 1
+    assert keys_lost(rig) == []
+    assert (rig.accounts(), rig.orders()) == (1, point.orders)
+    assert done.id == dead.id
+    assert dead.spki_sha256 in (None, done.spki_sha256)
+    assert_pairs(rig)
+    assert_nothing_stuck(rig.db)
+    assert_audited(rig.db)
+    rig.worker.stop()
+    assert resumed <= RESUME_LIMIT["sqlite" if rig.db.embedded else "postgresql"]

@@ -1,0 +1,192 @@
+"""A worker as an operator has it: `certworker run` in a process of its own, to be killed and started again.
+
+A `Rig` is one such worker in one place, its database, and the fault proxy between it and Pebble. There is no
+proxy of a gateway: the responder listens where Pebble looks.
+"""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Row, insert, select, text
+
+from certworker import wiring
+from certworker.cli.pebble import Issued, Pebble
+from certworker.settings import Settings, load
+from certworker.store import schema
+from certworker.store.database import Database, open_database
+from certworker.store.rows import new_id
+from certworker.store.seal import Sealer
+from certworker.store.tables import certificates, issuances, lineage_names, tls_policies
+from tests.flow.box import Box
+
+from .proxy import FaultProxy
+
+_STOP_LIMIT = 30
+
+
+@dataclass
+class Worker:
+    """The process that runs the service on a box."""
+
+    box: Box
+    log_path: Path
+    """What all of its lives said."""
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    """By the monotonic clock."""
+
+    def start(self) -> None:
+        """Start it, in the same place with the same settings as before."""
+        assert self.process is None, "it runs"
+        self.started_at = time.monotonic()
+        with self.log_path.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "certworker", "run"], env=self.box.environ, cwd=self.box.folder,
+                stdout=out, stderr=out, process_group=0,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        """kill -9, and wait until the kernel has cleaned up behind it."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGTERM: it drains and ends with 0."""
+        assert self._end(signal.SIGTERM) == 0, self.said()
+
+    def freeze(self) -> None:
+        """SIGSTOP: it holds all that it has, and does nothing."""
+        self._running().send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT: it goes on as if nothing had been."""
+        self._running().send_signal(signal.SIGCONT)
+
+    def said(self) -> str:
+        """Return the log of all its lives."""
+        return self.log_path.read_text() if self.log_path.exists() else ""
+
+    def command_line(self) -> str:
+        """Return what everybody on the machine can read of it."""
+        return Path(f"/proc/{self._running().pid}/cmdline").read_text()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self.process is not None, "it does not run"
+        return self.process
+
+    def _end(self, number: signal.Signals) -> int:
+        process = self._running()
+        process.send_signal(number)
+        code = process.wait(_STOP_LIMIT)
+        self.process = None
+        return code
+
+
+@dataclass
+class Rig:
+    """One worker, its database, and the CA behind a proxy that breaks what it is told to."""
+
+    ca: Pebble
+    proxy: FaultProxy
+    box: Box
+    worker: Worker
+    db: Database
+    """The test's own connections."""
+    url: str
+    """Of the database, past any proxy."""
+    sealer: Sealer
+    issued_before: int = field(default=0)
+    """How many certificates the CA had issued to others."""
+
+    # -- what is wanted -------------------------------------------------------------------------------
+
+    def want(self, *names: str) -> None:
+        """Write a policy as any program of the gateway does."""
+        policy = insert(tls_policies).values(id=new_id(), mode="auto", domains=list(names), status="pending")
+        self.db.write(lambda tx: tx.execute(policy))
+
+    def want_renewal(self) -> None:
+        """Let every certificate be due now, as its plan would one day."""
+        self.execute("UPDATE lineages SET renew_at = created_at, next_check_at = created_at")
+
+    def end_leases(self) -> None:
+        """Let every lease end as if its time were over."""
+        self.execute("UPDATE issuances SET lease_until = created_at WHERE lease_until IS NOT NULL")
+
+    def end_waits(self) -> None:
+        """Let what waits after a failure be tried again now, as `certworker renew` does."""
+        self.execute("UPDATE issuances SET attempt_at = created_at WHERE lease_until IS NULL AND closed_at IS NULL")
+
+    def execute(self, statement: str) -> None:
+        """Run plain SQL."""
+        self.db.write(lambda tx: tx.execute(text(statement)))
+
+    # -- what there is --------------------------------------------------------------------------------
+
+    def issuances(self, dns_name: str) -> list[Row[Any]]:
+        """Return the rows of all issuances for a name, oldest first."""
+        of_name = select(issuances).join(lineage_names, lineage_names.c.lineage_id == issuances.c.lineage_id)
+        query = of_name.where(lineage_names.c.dns_name == dns_name).order_by(issuances.c.created_at)
+        return list(self.db.read(lambda tx: tx.execute(query).all()))
+
+    def issuance(self, dns_name: str) -> Row[Any]:
+        """Return the row of the newest issuance for a name."""
+        return self.issuances(dns_name)[-1]
+
+    def serial(self, dns_name: str) -> str | None:
+        """Return the serial of the active certificate for a name."""
+        serving = (certificates.c.domain == dns_name, certificates.c.status == "active")
+        return self.db.read(lambda tx: tx.execute(select(certificates.c.serial).where(*serving)).scalar())
+
+    def ledger(self) -> list[Issued]:
+        """Return what the CA issued since this rig was made."""
+        return self.ca.ledger()[self.issued_before :]
+
+    def accounts(self) -> int:
+        """Count the accounts that the CA made."""
+        return len(self.proxy.seen("newAccount", status=201))
+
+    def orders(self) -> int:
+        """Count the orders that the CA made."""
+        return len(self.proxy.seen("newOrder", status=201))
+
+
+@contextmanager
+def rigged(ca: Pebble, proxy: FaultProxy, folder: Path, url: str, **settings: str) -> Iterator[Rig]:
+    """Make a rig on the migrated database at `url`; at the end nothing of it runs any more."""
+    ours = {
+        "ACME_DIRECTORY_URL": proxy.directory_url, "ACME_CA_BUNDLE": str(proxy.ca_bundle), "DATABASE_URL": url,
+        "RESPONDER_LISTEN": f"127.0.0.1:{ca.http_port}", "SCAN_INTERVAL_SECS": "1", **settings,
+    }  # fmt: skip
+    box = Box.make(folder, ca, node="none", **ours)
+    asked = settings_of(box)
+    wiring.initialise(asked, schema.upgrade)
+    db = open_database(url)
+    worker = Worker(box, folder / "run.log")
+    try:
+        yield Rig(ca, proxy, box, worker, db, url, wiring.make_sealer(asked), len(ca.ledger()))
+    finally:
+        if worker.process is not None:
+            worker.kill()
+        print(worker.said())  # shown when the test has failed
+        db.close()
+
+
+def settings_of(box: Box) -> Settings:
+    """Return the settings as the worker reads them."""
+    return load({name: value for name, value in box.environ.items() if name.startswith("CERTWORKER_")})
+
+
+def copy_sqlite(template: Path, folder: Path) -> str:
+    """Return the URL of a copy of an empty, migrated database."""
+    path = folder / "data" / "certworker.db"
+    path.parent.mkdir(mode=0o700, parents=True)
+    shutil.copy(template, path)
+    return f"sqlite:///{path}"
