@@ -371,9 +371,12 @@ def calls_of_the_engine(source: str) -> list[str]:
 
 
 def test_all_writes_go_through_one_call() -> None:
-    """Nothing but `database` and `schema` begins a transaction, so that commits can one day be shared."""
+    """Nothing but `database` and `schema` begins a transaction, so that commits can one day be shared.
+
+    `listen` has a connection of its own and writes nothing.
+    """
     package = Path(certworker.__file__).parent
-    allowed = {package / "store" / "database.py", package / "store" / "schema.py"}
+    allowed = {package / "store" / name for name in ("database.py", "schema.py", "listen.py")}
     modules = [path for path in package.rglob("*.py") if "migrations" not in path.relative_to(package).parts]
     assert len(modules) > 50
 
