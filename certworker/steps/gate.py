@@ -1,0 +1,214 @@
+"""Whether the CA may be asked now: this worker's side of the circuit breaker that all workers share.
+
+What was last seen of the row answers without SQL; only what changes it is written. Who finds the CA
+unavailable, or available again, says so in the log once, for all workers.
+"""
+
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from certworker.ca.client import Client
+from certworker.ca.problems import Endpoint, classify
+from certworker.clock import Clock
+from certworker.core import breaker
+from certworker.core.breaker import Breaker, Closed, Free, State, Trial
+from certworker.core.retry import Failure
+from certworker.errors import CaError
+from certworker.store import breakers
+from certworker.store.database import Database, Transaction
+
+_log = logging.getLogger(__name__)
+
+UNLIMITED = sys.maxsize
+_SLOW_START = timedelta(minutes=5)
+"""A CA that has held for so long after an outage is trusted with any number of issuances."""
+_ELSEWHERE = timedelta(seconds=2)
+"""When to look again while another worker tries."""
+
+
+class Gate:
+    """Asked before issuances are claimed, and before one speaks to the CA.
+
+    Any number of threads may share it; none may call it inside a transaction.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        directory_url: str,
+        clock: Clock,
+        draw: Callable[[], float],
+        worker_id: str,
+        registration: str,
+    ) -> None:
+        """`registration` names what accounts are made with: a start with another one ends a pause."""
+        self._db = db
+        self._directory_url = directory_url
+        self._clock = clock
+        self._draw = draw
+        self._worker_id = worker_id
+        self._registration = registration
+        self._lock = threading.Lock()
+        """Held while the row is read or written, so that what is seen last is newest; not for looking at `_seen`."""
+        self._seen = Breaker()
+        self._started = False
+        self._trial_until: datetime | None = None
+        """Until then the one order of a half-open CA is this worker's."""
+        self._allowed = 1
+        """Issuances in flight soon after an outage."""
+
+    # -- before claiming, and before asking the CA ----------------------------------------------------
+
+    def refresh(self) -> None:
+        """See what the other workers know; the first time also whether settings have changed since a pause."""
+        with self._lock:
+            self._see(self._db.read(lambda tx: breakers.find(tx, self._directory_url)))
+        if not self._started:
+            self._started = True
+            # Later a difference means that two workers have different settings, and each would end the other's pause.
+            if self._seen.registration != self._registration:
+                self.resume()
+
+    def admits(self) -> int | datetime:
+        """Return how many issuances this worker may have in flight, or when to ask again: until then none."""
+        now = self._clock()
+        match breaker.admits(self._seen, now):
+            case Closed(until):
+                return until
+            case Trial():
+                return 1 if self._takes_trial(now) else now + _ELSEWHERE
+            case Free():
+                return UNLIMITED if now - self._seen.state_at >= _SLOW_START else self._allowed
+
+    def closed_until(self) -> datetime | None:
+        """Return when to ask again if the CA may not be asked now; reads no database."""
+        now = self._clock()
+        match breaker.admits(self._seen, now):
+            case Closed(until):
+                return until
+            case Trial():
+                return None if self._tries(now) else now + _ELSEWHERE
+            case Free():
+                return None
+
+    # -- after asking the CA --------------------------------------------------------------------------
+
+    def succeeded(self) -> None:
+        """Note that the CA answered an issuance as RFC 8555 has it."""
+        now = self._clock()
+        self._change(lambda seen: breaker.after_success(seen, now))
+
+    def failed(self, failure: Failure, lineage_id: str) -> None:
+        """Note what an issuance has met while asking the CA, whatever its scope."""
+        now, draw = self._clock(), self._draw()
+        self._change(lambda seen: breaker.after_failure(seen, failure, lineage_id, self._registration, now, draw))
+
+    def issued(self) -> None:
+        """Note that an issuance has ended well: soon after an outage twice as many may follow."""
+        with self._lock:
+            self._allowed = min(self._allowed * 2, UNLIMITED)
+
+    # -- while it is closed ---------------------------------------------------------------------------
+
+    def probe(self, client: Client) -> None:
+        """Read the CA's directory if that is due; of all workers one does."""
+        now, draw = self._clock(), self._draw()
+        if not self._change(lambda seen: breaker.begin_probe(seen, now, draw) or seen):
+            return
+        failure, now = _ask(client), self._clock()
+        self._change(lambda seen: breaker.after_probe(seen, failure, now, draw))
+
+    def resume(self) -> None:
+        """End a pause: the operator says that they have acted."""
+        self._change(breaker.resume)
+
+    def _takes_trial(self, now: datetime) -> bool:
+        if self._tries(now):
+            return True
+        # A pause that nobody ended is tried all the same after a day.
+        self._change(lambda seen: breaker.resume(seen) if isinstance(breaker.admits(seen, now), Trial) else seen)
+        with self._lock:
+            taken = self._db.write(lambda tx: breakers.take_trial(tx, self._directory_url, self._worker_id))
+            self._trial_until = now + breakers.TRIAL if taken else None
+        return taken
+
+    def _tries(self, now: datetime) -> bool:
+        until = self._trial_until
+        return until is not None and now < until
+
+    # -- the row --------------------------------------------------------------------------------------
+
+    def _change(self, change: Callable[[Breaker], Breaker]) -> bool:
+        """Write what `change` makes of the row, unless it would leave what was last seen; say whether it changed."""
+        if change(self._seen) == self._seen:
+            return False
+
+        def write(tx: Transaction) -> tuple[Breaker, Breaker]:
+            before = breakers.lock(tx, self._directory_url)
+            after = change(before)
+            if after != before:
+                breakers.put(tx, self._directory_url, after)
+            return before, after
+
+        with self._lock:
+            before, after = self._db.write(write)
+            self._see(after)
+        _tell(before, after, self._directory_url, self._clock())
+        return after != before
+
+    def _see(self, seen: Breaker) -> None:
+        if seen.state is not State.HALF_OPEN:
+            self._trial_until = None
+        if seen.state_at != self._seen.state_at:
+            self._allowed = 1
+        self._seen = seen
+
+
+def incident(tx: Transaction, directory_url: str, now: datetime) -> dict[str, Any] | None:
+    """Return why a CA is not asked, since when and until when, for `status`; None if all is well."""
+    seen = breakers.find(tx, directory_url)
+    match breaker.admits(seen, now):
+        case Free():
+            return None
+        case Closed(until):
+            next_at: datetime | None = until
+        case Trial():
+            next_at = None
+    held = seen.state is State.CLOSED
+    return {
+        "directory_url": directory_url, "state": "held" if held else seen.state.value,
+        "since": None if held else seen.state_at, "error": seen.error, "next_attempt_at": next_at,
+    }  # fmt: skip
+
+
+def _ask(client: Client) -> Failure | None:
+    try:
+        client.refresh_directory()
+    except CaError as error:
+        return classify(error, Endpoint.DIRECTORY)
+    return None
+
+
+def _tell(before: Breaker, after: Breaker, directory_url: str, now: datetime) -> None:
+    """Log what an operator has to know, once: tries that did not help are the same incident."""
+    where = {"directory_url": directory_url, "state": after.state.value}
+    if after.state is State.CLOSED and before.state is not State.CLOSED:
+        seconds = round((after.state_at - before.state_at).total_seconds())
+        _log.info("ca.available", extra={**where, "after_seconds": seconds})
+    elif after.state is not before.state and (before.state is State.CLOSED or _is_another(before, after)):
+        _log.warning("ca.unavailable", extra={**where, **(after.error or {})})
+    elif after.state is State.CLOSED and _is_held(after, now) and not _is_held(before, now):
+        _log.warning("ca.wait", extra={**where, "until": str(after.hold_until), **(after.error or {})})
+
+
+def _is_held(seen: Breaker, now: datetime) -> bool:
+    return seen.hold_until is not None and now < seen.hold_until
+
+
+def _is_another(before: Breaker, after: Breaker) -> bool:
+    """Say whether an outage has become a pause, which a person has to end."""
+    return after.state is State.PAUSED and (before.error or {}).get("type") != (after.error or {}).get("type")
