@@ -12,6 +12,7 @@ from certworker.errors import InputError, NameRefused
 from certworker.store import audit, lineages, policies
 from certworker.store.database import Transaction
 from certworker.store.policies import Policy
+from certworker.store.rows import new_id
 from certworker.wiring import App
 
 _ACTOR = "operator"
@@ -33,14 +34,13 @@ def add(ctx: click.Context, names: tuple[str, ...], mode: str, shared: bool, as_
     settings = settings_of(ctx)
     manual = mode == "manual"
     checked = check_names(names, private_ca=settings.acme_private_ca or manual, wildcard=manual, shared=shared)
-    app = wiring.open_app(settings)
+    app, policy_id = wiring.open_app(settings), new_id()
 
-    def insert(tx: Transaction) -> str:
-        policy_id = policies.add(tx, list(checked), app.clock(), mode=mode, shared=shared)
-        _audit(tx, app, "policy.added", policy_id, {"domains": list(checked), "mode": mode, "shared": shared})
-        return policy_id
+    def insert(tx: Transaction) -> None:
+        if policies.add(tx, list(checked), app.clock(), mode=mode, shared=shared, policy_id=policy_id):
+            _audit(tx, app, "policy.added", policy_id, {"domains": list(checked), "mode": mode, "shared": shared})
 
-    policy_id = app.db.write(insert)
+    app.db.write(insert)
     app.close()
     if as_json:
         print_json({"id": policy_id, "names": checked, "mode": mode, "status": "pending"})

@@ -36,6 +36,8 @@ SCHEMA_REVISION = "0003"
 """The migration this release of certworker works with; a test holds it to the newest one."""
 
 _ATTEMPTS = 5
+_FIRST_WAIT = 0.2
+"""Seconds before the second attempt, at most; twice as long before each further one: a server needs some to recover."""
 _PATIENCE = 10.0
 """Seconds after which nothing is run again: whoever waited so long for a lock or a server is told."""
 _POOL_WAIT = 5.0
@@ -242,7 +244,7 @@ def _persist(doing: str, once: Callable[[], T]) -> T:
         except (DBAPIError, PoolTimeout) as error:
             if attempt == _ATTEMPTS or time.monotonic() >= give_up_at or not _worth_repeating(error):
                 raise _store_error(doing, error) from None
-        threading.Event().wait(0.05 * 2**attempt * random.random())  # noqa: S311
+        threading.Event().wait(_FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1))  # noqa: S311
         attempt += 1
 
 

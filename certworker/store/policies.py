@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Text, delete, exists, func, insert, select, type_coerce, update
+from sqlalchemy import Connection, Text, delete, exists, func, select, type_coerce, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from certworker.store import audit
-from certworker.store.rows import columns_of, new_id, pages, to_value
+from certworker.store.rows import columns_of, insert_new, new_id, pages, to_value
 from certworker.store.tables import certificates, lineages, policy_lineages, tls_policies
 
 
@@ -36,15 +36,20 @@ class Policy:
         return self.mode == "auto" and self.paused_at is None
 
 
-def add(tx: Connection, names: list[str], now: datetime, *, mode: str = "auto", shared: bool = False) -> str:
-    """Insert a policy and return its id."""
-    policy_id = new_id()
-    tx.execute(
-        insert(tls_policies).values(
-            id=policy_id, mode=mode, domains=names, status="pending", shared=shared, created_at=now, updated_at=now
-        )
-    )
-    return policy_id
+def add(
+    tx: Connection, names: list[str], now: datetime, *, mode: str = "auto", shared: bool = False,
+    policy_id: str | None = None,
+) -> str | None:  # fmt: skip
+    """Insert a policy and return its id, None if `policy_id` is there already.
+
+    Who gives the id may be run again after a commit that nobody answered, and adds one policy all the same.
+    """
+    policy_id = policy_id or new_id()
+    added = insert_new(
+        tx, tls_policies, id=policy_id, mode=mode, domains=names, status="pending", shared=shared,
+        created_at=now, updated_at=now,
+    )  # fmt: skip
+    return policy_id if added else None
 
 
 def find(tx: Connection, policy_id: str) -> Policy | None:
