@@ -74,6 +74,15 @@ def names_hash(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(names))).encode()).hexdigest()
 
 
+def registered_domain(dns_name: str) -> str:
+    """Return what an owner registered: the public suffix of `dns_name` and one label more.
+
+    A name that is itself a public suffix, or a private CA's with one label, stands for itself.
+    """
+    name = dns_name.removeprefix("*.")
+    return _public_suffixes().privatesuffix(name, accept_unknown=True) or name
+
+
 def _to_ascii(value: str, base: str) -> str:
     if not base:
         raise NameRefused(value, "is empty")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from certworker.core.names import MAX_NAMES, check_name, check_names, names_hash
+from certworker.core.names import MAX_NAMES, check_name, check_names, names_hash, registered_domain
 from certworker.errors import InputError, NameRefused
 
 GRAMMAR = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
@@ -292,3 +292,23 @@ def test_a_hash_knows_the_set_only(names: list[str]) -> None:
     assert names_hash(names) == names_hash(reversed(names)) == names_hash({*names})
     assert names_hash(names) != names_hash([*names, "e.com"])
     assert names_hash(["ab.com"]) != names_hash(["a", "b.com"])
+
+
+@pytest.mark.parametrize(
+    ("dns_name", "registered"),
+    [
+        ("example.com", "example.com"),
+        ("a.b.example.com", "example.com"),
+        ("*.example.com", "example.com"),
+        ("www.example.co.uk", "example.co.uk"),
+        ("alice.github.io", "alice.github.io"),
+        ("www.xn--fiqs8s", "www.xn--fiqs8s"),
+        ("a.b.xn--fiqs8s", "b.xn--fiqs8s"),
+        ("co.uk", "co.uk"),
+        ("a.b.test", "b.test"),
+        ("localhost", "localhost"),
+    ],
+)
+def test_a_registered_domain_is_what_an_owner_has(dns_name: str, registered: str) -> None:
+    """By the public suffix list with its private part, as Let's Encrypt counts; a suffix stands for itself."""
+    assert registered_domain(dns_name) == registered
