@@ -8,21 +8,21 @@ from sqlalchemy import Connection, event
 from certworker.store.database import Database
 
 
-def explain(db: Database, fn: Callable[[Connection], Any]) -> str:
-    """Run `fn` and return the plan of its first SELECT, made with the very statement and values it ran.
+def explain(db: Database, fn: Callable[[Connection], Any], verb: str = "SELECT") -> str:
+    """Run `fn` and return the plan of its first `verb`, made with the very statement and values it ran.
 
     PostgreSQL is told that reading a whole table is dear, or it would read an empty one whole.
     """
     seen: list[tuple[str, Any]] = []
 
-    def note(_connection: Any, _cursor: Any, statement: str, values: Any, _context: Any, _many: Any) -> None:
-        seen.append((statement, values))
+    def note(_connection: Any, _cursor: Any, statement: str, values: Any, _context: Any, many: bool) -> None:
+        seen.append((statement, values[0] if many else values))
 
     def run(tx: Connection) -> str:
         event.listen(tx, "before_cursor_execute", note)
         fn(tx)
         event.remove(tx, "before_cursor_execute", note)
-        statement, values = next((s, v) for s, v in seen if s.lstrip().startswith("SELECT"))
+        statement, values = next((s, v) for s, v in seen if s.lstrip().startswith(verb))
         word = "EXPLAIN QUERY PLAN " if db.embedded else "EXPLAIN "
         if not db.embedded:
             tx.exec_driver_sql("SET LOCAL enable_seqscan = off")

@@ -1,0 +1,117 @@
+"""`rate_buckets`: what was spent of the limits that we allow ourselves at a CA, shared by all workers.
+
+A transaction locks every bucket that it asks, missing rows included, in one order (`core.budget.turn`):
+two of them never spend the same token, and never wait for each other in a circle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+
+from sqlalchemy import Connection, bindparam, delete, select, tuple_, update
+
+from certworker.core import budget
+from certworker.core.budget import Charge, Granted, Limit, Refused
+from certworker.store.rows import columns_of, lock_rows, to_value
+from certworker.store.tables import rate_buckets
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Nothing was spent: `bucket` has no token now, ask again `until` then."""
+
+    bucket: str
+    until: datetime
+
+
+def spend(
+    tx: Connection, directory_url: str, charges: Sequence[Charge], account_id: str, now: datetime
+) -> Refusal | None:
+    """Take a token for each of `charges`, or none at all.
+
+    Call it before anything else in the transaction is locked. From here to the commit nobody else spends
+    for the same set of names: the bucket `runaway` of an order is the first to be locked.
+    """
+    if not charges:
+        return None
+    wants = sorted(charges, key=lambda want: budget.turn(want.bucket))
+    held = _lock(tx, directory_url, account_id, [want.bucket for want in wants], now)
+    granted: list[_Bucket] = []
+    refused: list[tuple[Refused, Charge]] = []
+    for want in wants:
+        bucket = held[want.bucket]
+        match budget.spend(bucket.full_at, now, want.limit, reserve=want.reserve):
+            case Refused() as answer:
+                refused.append((answer, want))
+            case Granted(full_at) if not want.only_asked:
+                granted.append(replace(bucket, full_at=full_at))
+    if refused:
+        return _refuse(tx, directory_url, refused, held, now)
+    _write(tx, directory_url, granted)
+    return None
+
+
+def charge(tx: Connection, directory_url: str, bucket: str, account_id: str, limit: Limit, now: datetime) -> None:
+    """Take a token without asking: what it is for has happened. Several in one transaction: sorted by bucket."""
+    held = _lock(tx, directory_url, account_id, [bucket], now)[bucket]
+    _write(tx, directory_url, [replace(held, full_at=budget.debit(held.full_at, now, limit))])
+
+
+def forget_full(tx: Connection, before: datetime, limit: int) -> int:
+    """Delete at most `limit` buckets that were full `before` then, the longest first; return how many.
+
+    A full bucket is as good as none. One that somebody asks right now is left alone.
+    """
+    key = [*rate_buckets.primary_key]
+    full = select(*key).where(rate_buckets.c.full_at < before).order_by(rate_buckets.c.full_at).limit(limit)
+    free = full.with_for_update(skip_locked=True)
+    return tx.execute(delete(rate_buckets).where(tuple_(*key).in_(free))).rowcount
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """A locked row."""
+
+    account: str
+    bucket: str
+    full_at: datetime
+    promised_at: datetime | None
+
+
+def _lock(tx: Connection, directory_url: str, account_id: str, buckets: list[str], now: datetime) -> dict[str, _Bucket]:
+    """Lock these buckets in the given order; one that was never used is full."""
+    rows = [
+        {
+            "directory_url": directory_url,
+            "account": account_id if budget.is_per_account(bucket) else "",
+            "bucket": bucket,
+            "full_at": now,
+        }
+        for bucket in buckets
+    ]
+    locked = lock_rows(tx, rate_buckets, rows, columns_of(_Bucket, rate_buckets))
+    return {row.bucket: to_value(_Bucket, row) for row in locked}
+
+
+def _refuse(
+    tx: Connection, directory_url: str, refused: list[tuple[Refused, Charge]], held: dict[str, _Bucket], now: datetime
+) -> Refusal:
+    """Say when to ask again: when the last of the refusing buckets has a token, and nobody else is told to come."""
+    buckets = {want.bucket: replace(held[want.bucket], full_at=answer.full_at) for answer, want in refused}
+    last, want = max(refused, key=lambda one: one[0].until)
+    until, bucket = last.until, buckets[want.bucket]
+    if not want.urgent:
+        until = budget.promise(bucket.promised_at, until, now, want.limit)
+        buckets[want.bucket] = replace(bucket, promised_at=until)
+    _write(tx, directory_url, list(buckets.values()))
+    return Refusal(want.bucket, until)
+
+
+def _write(tx: Connection, directory_url: str, buckets: list[_Bucket]) -> None:
+    row = [rate_buckets.c[name] == bindparam(f"the_{name}") for name in ("account", "bucket")]
+    tx.execute(
+        update(rate_buckets)
+        .where(rate_buckets.c.directory_url == directory_url, *row)
+        .values(full_at=bindparam("the_full_at"), promised_at=bindparam("the_promised_at")),
+        [{f"the_{name}": value for name, value in asdict(bucket).items()} for bucket in buckets],
+    )
