@@ -20,12 +20,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
-from certworker.errors import SettingsError
+from certworker.core.budget import Limits, read_limits
+from certworker.errors import InputError, SettingsError
 
 PREFIX = "CERTWORKER_"
 LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
@@ -100,6 +103,15 @@ def _base64url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _rate_limits(value: object, info: ValidationInfo) -> Limits:
+    if not isinstance(value, str):
+        raise ValueError("must be text such as orders=50/45s,names=off")
+    try:
+        return read_limits(value, private=info.data.get("acme_private_ca", False))
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
 def _database(value: str) -> str:
     if not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://")):
         raise ValueError("must start with sqlite:/// or postgresql://")
@@ -127,6 +139,7 @@ class Settings(BaseModel):
     acme_eab_kid: str | None = None
     acme_eab_hmac_key: Annotated[SecretStr, AfterValidator(_base64url)] | None = None
     acme_profile: str | None = None
+    acme_rate_limits: Annotated[Limits, PlainValidator(_rate_limits)] = Limits()
     key_type: Literal["ecdsa-p256", "ecdsa-p384", "rsa-2048", "rsa-3072", "rsa-4096"] = "ecdsa-p256"
     responder_listen: Address = "127.0.0.1:8402"
     responder_addresses: Annotated[tuple[Address, ...], BeforeValidator(_addresses)] = ()
@@ -158,6 +171,7 @@ class Settings(BaseModel):
         values.setdefault("database_url", f"sqlite:///{folder / 'certworker.db'}")
         values.setdefault("kek_file", folder / "kek")
         values.setdefault("acme_private_ca", values.get("acme_ca_bundle") is not None)
+        values.setdefault("acme_rate_limits", "")
         values.setdefault("responder_addresses", values.get("responder_listen", "127.0.0.1:8402"))
         return values
 

@@ -2,12 +2,16 @@
 
 import re
 import socket
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
+from certworker.core import budget
+from certworker.core.budget import Limit, Limits
 from certworker.errors import SettingsError
 from certworker.settings import LETS_ENCRYPT, Settings, load
 
@@ -22,6 +26,7 @@ CONTRACT = {
     "ACME_EAB_KID": None,
     "ACME_EAB_HMAC_KEY": None,
     "ACME_PROFILE": None,
+    "ACME_RATE_LIMITS": budget.LETS_ENCRYPT,
     "KEY_TYPE": "ecdsa-p256",
     "RESPONDER_LISTEN": "127.0.0.1:8402",
     "RESPONDER_ADDRESSES": ("127.0.0.1:8402",),
@@ -50,6 +55,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "ACME_CONTACT": ("ops@a.test, mailto:b@a.test", ("mailto:ops@a.test", "mailto:b@a.test")),
     "ACME_TOS_AGREED": ("true", True),
     "ACME_PROFILE": ("shortlived", "shortlived"),
+    "ACME_RATE_LIMITS": ("none, orders=5/1m", Limits(orders=Limit(5, timedelta(minutes=1)))),
     "KEY_TYPE": ("rsa-4096", "rsa-4096"),
     "RESPONDER_LISTEN": ("[::1]:80", "[::1]:80"),
     "RESPONDER_ADDRESSES": ("10.0.0.1:8402, host-2:8402", ("10.0.0.1:8402", "host-2:8402")),
@@ -127,6 +133,17 @@ def test_what_follows_from_other_settings(tmp_path: Path) -> None:
     assert not load(env(ACME_CA_BUNDLE=str(bundle), ACME_PRIVATE_CA="false")).acme_private_ca
 
 
+def test_rate_limits_follow_from_the_kind_of_ca() -> None:
+    """A CA of one's own is held off by nothing but the guard, unless told otherwise; what is named is changed."""
+    orders = Limit(5, timedelta(seconds=10))
+
+    assert load(env(ACME_PRIVATE_CA="true")).acme_rate_limits == Limits()
+    assert load(env(ACME_PRIVATE_CA="true", ACME_RATE_LIMITS="letsencrypt")).acme_rate_limits == budget.LETS_ENCRYPT
+    assert load(env(ACME_PRIVATE_CA="true", ACME_RATE_LIMITS="orders=5/10s")).acme_rate_limits == Limits(orders)
+    changed = load(env(ACME_RATE_LIMITS="orders=5/10s")).acme_rate_limits
+    assert changed == replace(budget.LETS_ENCRYPT, orders=orders)
+
+
 def test_other_programs_variables_are_not_ours() -> None:
     """Only the prefix counts."""
     assert load({"DATA_DIR": "/x", "XCERTWORKER_SEAL": "off", "PATH": "/bin"}) == load({})
@@ -146,6 +163,8 @@ def test_other_programs_variables_are_not_ours() -> None:
         ("ACME_CONTACT", "tel:5", "must be e-mail addresses"),
         ("ACME_CONTACT", "a@b.test?subject=x", "must be e-mail addresses"),
         ("ACME_TOS_AGREED", "2", "valid boolean"),
+        ("ACME_RATE_LIMITS", "orders=5", "limit orders '5': must be a burst and the time of one more"),
+        ("ACME_RATE_LIMITS", "runaway=off", "limit runaway 'off': it is what ends a loop of ours"),
         ("KEY_TYPE", "dsa", "'rsa-4096'"),
         ("RESPONDER_LISTEN", "8402", "must be host:port"),
         ("RESPONDER_LISTEN", "::1:8402", "must be host:port"),
@@ -187,15 +206,20 @@ def test_all_faults_are_in_one_message(tmp_path: Path) -> None:
     file = toml(tmp_path, "log_level = 5\nnonsense = true\n")
     with pytest.raises(SettingsError) as refused:
         load(
-            env(SEAL="x", ACME_CA_BUNDLE="/nope", ACME_EAB_KID="k", HEALTH_CHECK_TIMEOUT_MS="20000", UNKNOWN="1"), file
-        )
+            env(
+                SEAL="x", ACME_CA_BUNDLE="/nope", ACME_PRIVATE_CA="?", ACME_RATE_LIMITS="x", ACME_EAB_KID="k",
+                HEALTH_CHECK_TIMEOUT_MS="20000", UNKNOWN="1",
+            ),
+            file,
+        )  # fmt: skip
 
     said = str(refused.value)
     for part in ("LOG_LEVEL '5'", "NONSENSE: there is no such setting", "SEAL 'x'", "ACME_CA_BUNDLE '/nope'",
+                 "ACME_PRIVATE_CA '?'", "ACME_RATE_LIMITS 'x': limit 'x': must be one of",
                  "UNKNOWN: there is no such setting", "ACME_EAB_KID and ACME_EAB_HMAC_KEY belong together",
                  "HEALTH_CHECK_TIMEOUT_MS must not be longer"):  # fmt: skip
         assert said.count(part) == 1, part
-    assert said.count("; ") == 6
+    assert said.count("; ") == 8
     assert refused.value.exit_code == 2
 
 
@@ -222,6 +246,7 @@ def test_what_does_not_agree(given: dict[str, str], fault: str) -> None:
         ('kek_file = "a\\u0000b"', "CERTWORKER_KEK_FILE"),
         ("concurrency = true", "CERTWORKER_CONCURRENCY 'True': must be a whole number"),
         ("acme_contact = 5", "CERTWORKER_ACME_CONTACT '5': must be e-mail addresses"),
+        ("[acme_rate_limits]\norders = 5", "CERTWORKER_ACME_RATE_LIMITS \"{'orders': 5}\": must be text"),
         ("responder_addresses = ['a:1', 5]", "CERTWORKER_RESPONDER_ADDRESSES"),
         ("responder_addresses = []", "must name at least one host:port"),
         ("database_url = 7", "CERTWORKER_DATABASE_URL: "),
