@@ -144,7 +144,8 @@ class Database:
     def check_schema(self) -> None:
         """Raise SchemaError unless the schema is the one this release works with."""
         try:
-            found = self.read(schema_revision)
+            # Once: a wrong address or password is no better after a while.
+            found = self._read_once(schema_revision)
         except SQLAlchemyError as error:
             raise _store_error("read from", error) from None
         if found == SCHEMA_REVISION:

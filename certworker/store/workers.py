@@ -46,8 +46,10 @@ def leave(tx: Connection, worker_id: str) -> None:
 
 def alive(tx: Connection) -> list[Worker]:
     """Return the workers heard of lately."""
-    since = seconds_from_now(literal(-int(SILENT.total_seconds())))
-    query = select(*columns_of(Worker, workers)).where(workers.c.heartbeat_at > since).order_by(workers.c.started_at)
+    silent = int(SILENT.total_seconds())
+    # A heartbeat from the future is from before the database's clock was set back: who is alive has had a newer one.
+    lately = workers.c.heartbeat_at.between(seconds_from_now(literal(-silent)), seconds_from_now(literal(silent)))
+    query = select(*columns_of(Worker, workers)).where(lately).order_by(workers.c.started_at)
     return [to_value(Worker, row) for row in tx.execute(query)]
 
 

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import pytest
 from sqlalchemy import literal, select, update
 
 from certworker.store import workers
@@ -59,3 +60,13 @@ def test_a_heartbeat_says_what_time_it_is(db: Database) -> None:
     assert [worker.heartbeat_at for worker in db.read(workers.alive)] == [said]
     assert db.write(lambda tx: workers.beat(tx, POOL)) is None
     assert there(db) == {POLICY}
+
+
+@pytest.mark.parametrize(("seconds", "counted"), [(-70, False), (-50, True), (50, True), (70, False)])
+def test_who_was_heard_of_lately_is_alive(db: Database, seconds: int, counted: bool) -> None:
+    """Not in the future either: when the database's clock is set back a day, the dead are not alive for a day."""
+    enter(db, POLICY, None)
+    at = seconds_from_now(literal(seconds))
+    db.write(lambda tx: tx.execute(update(worker_rows).values(heartbeat_at=at)))
+
+    assert bool(db.read(workers.alive)) == counted
