@@ -1,4 +1,7 @@
-"""What has served its time is deleted: old tokens, old issuances, tombstones, dead workers."""
+"""What has served its time is deleted: old tokens, old issuances, tombstones, full rate buckets, dead workers.
+
+The audit log is kept.
+"""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -6,7 +9,7 @@ from datetime import timedelta
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.store import certificates, challenges, issuances, workers
+from certworker.store import budget, certificates, challenges, issuances, workers
 from certworker.store.database import Database
 
 TOKENS = timedelta(minutes=10)
@@ -14,6 +17,10 @@ HISTORY = timedelta(days=30)
 """A closed issuance is kept so long, and in any case until its certificate's own end."""
 TOMBSTONES = timedelta(days=30)
 """A node that was away for longer starts from a whole manifest."""
+FULL_BUCKETS = timedelta(days=1)
+"""A full bucket is as good as none, unless a clock that ran ahead took it for full."""
+_MOST_BUCKETS = 1000
+"""In one call: each certificate has some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +30,7 @@ class Reaped:
     tokens: int
     issuances: int
     tombstones: int
+    buckets: int
 
 
 def reap(db: Database, clock: Clock) -> Reaped:
@@ -35,6 +43,7 @@ def reap(db: Database, clock: Clock) -> Reaped:
             tokens=challenges.withdraw_stale(tx, now - TOKENS),
             issuances=issuances.forget_keys(tx, now - HISTORY, now),
             tombstones=certificates.forget_removed(tx, now - TOMBSTONES),
+            buckets=budget.forget_full(tx, now - FULL_BUCKETS, _MOST_BUCKETS),
         )
 
     return db.write(all_of_it)
