@@ -67,11 +67,10 @@ class Gate:
         """See what the other workers know; the first time also whether settings have changed since a pause."""
         with self._lock:
             self._see(self._db.read(lambda tx: breakers.find(tx, self._directory_url)))
-        if not self._started:
-            self._started = True
-            # Later a difference means that two workers have different settings, and each would end the other's pause.
-            if self._seen.registration != self._registration:
-                self.resume()
+        # Later a difference means that two workers have different settings: each would end the other's pause.
+        if not self._started and self._seen.registration != self._registration:
+            self.resume()
+        self._started = True
 
     def admits(self) -> int | datetime:
         """Return how many issuances this worker may have in flight, or when to ask again: until then none."""

@@ -460,6 +460,21 @@ def test_an_operator_ends_a_pause(fleet: Fleet) -> None:
     assert fleet.incident() is None
 
 
+def test_a_trial_ends_with_what_it_showed(fleet: Fleet) -> None:
+    """Who tried before a pause does not try beside whoever tries after it."""
+    one, other = fleet.start(), fleet.start()
+    fleet.half_open(one)
+    assert one.admits() == 1
+    one.failed(REFUSED, "a")
+    other.refresh()
+    other.resume()
+    assert other.admits() == 1
+
+    one.refresh()
+    assert one.closed_until() is not None
+    assert one.admits() != 1
+
+
 def test_a_start_with_other_settings_ends_a_pause(fleet: Fleet) -> None:
     """One with the same settings does not."""
     fleet.start("no terms").failed(REFUSED, "a")
