@@ -111,7 +111,6 @@ def _last_resort_at(validity: Validity) -> datetime:
 _MARGIN = timedelta(minutes=15)
 """What is due waits for the scan and for its turn, and an order past the end of the window is none that
 the CA expects: Let's Encrypt then counts it against its limits. So no moment this close to the end is drawn."""
-_SECOND = timedelta(seconds=1)
 _SOONEST_LOOK = timedelta(minutes=1)
 _LATEST_LOOK = timedelta(hours=24)
 _USUAL_LOOK = timedelta(hours=6)
@@ -137,19 +136,39 @@ class RenewalInfo:
     """When the CA wants to be asked again; None if it does not say."""
 
 
-def choose_moment(window: Window, not_before: datetime, draw: float) -> datetime:
-    """Return a moment of the window, in whole seconds, for a certificate that we have since `not_before`.
+def choose_moment(window: Window, validity: Validity, draw: float) -> datetime:
+    """Return the moment of the window at which this certificate is to be renewed, in whole seconds.
 
-    `draw` is a uniform number in [0, 1), and the moments are as likely as each other (RFC 9773 §4.2). The part
-    of a window that lies before the certificate is left out: the window of a short life may begin a day
-    before it, and every second certificate would be renewed as soon as it is there. A window that ended
+    `draw` is a uniform number in [0, 1), and the moments are as likely as each other (RFC 9773 §4.2), but for
+    those that are past the last resort. None lies before the certificate: the window of a short life may begin a
+    day before it, and every second one would be renewed as soon as it is there. A window that ended
     before the certificate began means now.
     """
-    # Never rounded down, which could lead out of the window.
-    earliest = max(window.start, not_before)
-    earliest += timedelta(microseconds=-earliest.microsecond % 1_000_000)
-    latest = window.end - min(_MARGIN, (window.end - window.start) / 10)
-    return earliest + _SECOND * int(max(0, (latest - earliest) // _SECOND) * draw)
+    first = max(window.start, validity.not_before)
+    last = window.end - min(_MARGIN, (window.end - window.start) / 10)
+    moment = first + (last - first) * draw if last > first else first
+    return _whole_second(_before_last_resort(moment, first, last, validity))
+
+
+def _before_last_resort(moment: datetime, first: datetime, last: datetime, validity: Validity) -> datetime:
+    """Return the moment, or another one if the certificate is renewed sooner anyway, at the last resort.
+
+    Let's Encrypt's windows lie around that very point: half of a bulk import would be renewed in that one
+    second. So what was drawn beyond it is spread over the time before it.
+    """
+    last_resort_at = _last_resort_at(validity)
+    if moment <= last_resort_at:
+        return moment
+    spread_from = last_resort_at - validity.lifetime * _SPREAD
+    if first < last_resort_at:
+        spread_from = max(spread_from, first)
+    beyond = max(first, last_resort_at)
+    return spread_from + (last_resort_at - spread_from) * ((moment - beyond) / (last - beyond))
+
+
+def _whole_second(moment: datetime) -> datetime:
+    """Round up: down could lead out of the window."""
+    return moment + timedelta(microseconds=-moment.microsecond % 1_000_000)
 
 
 def look_after_answer(retry_after: timedelta | None) -> timedelta:

@@ -188,42 +188,50 @@ def windows(draw: st.DrawFn) -> Window:
     return Window(start, start + draw(widths))
 
 
-@given(window=windows(), not_before=moments, draw=draws)
-def test_a_moment_is_one_of_the_window(window: Window, not_before: datetime, draw: float) -> None:
-    """In whole seconds, within the window and never before the certificate."""
-    moment = choose_moment(window, not_before, draw)
+@given(window=windows(), not_before=moments, lifetime=lifetimes, draw=draws)
+def test_a_moment_is_one_of_the_window(window: Window, not_before: datetime, lifetime: timedelta, draw: float) -> None:
+    """In whole seconds, never before the certificate, and of the window if that can be waited for."""
+    leaf = Validity(not_before, not_before + lifetime)
+    moment = choose_moment(window, leaf, draw)
 
     assert moment.microsecond == 0
     assert moment >= not_before
-    if not_before <= window.end:
-        assert window.start <= moment <= window.end
+    if not_before <= window.end and window.start < due_at(leaf, None):
+        assert window.start <= moment <= window.end + SECOND
 
 
 @given(window=windows(), draw=draws)
 def test_a_moment_leaves_time_to_order(window: Window, draw: float) -> None:
     """A quarter of an hour, or a tenth of a short window: an order past its end is none that the CA expects."""
-    moment = choose_moment(window, ISSUED - 900 * DAY, draw)
+    moment = choose_moment(window, Validity(ISSUED - 900 * DAY, ISSUED + 9000 * DAY), draw)
     width = window.end - window.start
 
-    assert window.end - moment >= min(width / 10, timedelta(minutes=15))
+    assert window.end - moment > min(width / 10, timedelta(minutes=15)) - SECOND
+
+
+@given(window=windows(), lifetime=lifetimes, draw=draws)
+def test_no_suggestion_outlasts_the_last_resort(window: Window, lifetime: timedelta, draw: float) -> None:
+    """Also one for the year 9999 is overruled, by a moment that is spread as any plan of ours."""
+    leaf, never = validity(lifetime), Window(datetime(9999, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC))
+    last_resort_at = due_at(leaf, None)
+
+    assert choose_moment(window, leaf, draw) <= last_resort_at + SECOND
+    assert last_resort_at - lifetime * 0.1 <= choose_moment(never, leaf, draw) <= last_resort_at + SECOND
 
 
 @given(window=windows(), not_before=moments, draw=draws)
 def test_a_window_of_the_past_means_now(window: Window, not_before: datetime, draw: float) -> None:
     """Whatever is drawn of it: a revoked certificate has a window before the present moment."""
-    now = max(window.end, not_before) + SECOND
-    assume(now < not_before + 60 * DAY)
-    decision = decide_renewal(
-        now, Validity(not_before, not_before + 90 * DAY), choose_moment(window, not_before, draw), suggested=True
-    )
+    leaf, now = Validity(not_before, not_before + 90 * DAY), max(window.end, not_before) + SECOND
+    assume(now < due_at(leaf, None))
 
-    assert decision == Renew(Reason.CA_SUGGESTED)
+    assert decide_renewal(now, leaf, choose_moment(window, leaf, draw), suggested=True) == Renew(Reason.CA_SUGGESTED)
 
 
 def test_every_part_of_a_window_is_as_likely() -> None:
     """Even draws give even moments, from the first second on."""
     window = Window(ISSUED + 10 * DAY, ISSUED + 12 * DAY)
-    moments = [choose_moment(window, ISSUED, number / 1000) for number in range(1000)]
+    moments = [choose_moment(window, validity(90 * DAY), number / 1000) for number in range(1000)]
     gaps = {(later - earlier) // SECOND for earlier, later in pairwise(moments)}
 
     assert moments[0] == window.start
@@ -231,12 +239,27 @@ def test_every_part_of_a_window_is_as_likely() -> None:
     assert max(gaps) - min(gaps) <= 1
 
 
-@given(window=windows(), lifetime=lifetimes, draw=draws)
-def test_no_suggestion_outlasts_the_last_resort(window: Window, lifetime: timedelta, draw: float) -> None:
-    """Also one for the year 9999 is overruled."""
-    leaf = validity(lifetime)
-    for suggested in (window, Window(datetime(9999, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 0, UTC))):
-        assert due_at(leaf, choose_moment(suggested, ISSUED, draw)) <= ISSUED + lifetime * (2 / 3) + MOMENT
+@pytest.mark.parametrize(
+    ("lifetime", "first", "last", "earliest"),
+    [
+        pytest.param(90 * DAY, 59.1 * DAY, 60.9 * DAY, 59.1 * DAY, id="90 days at Let's Encrypt"),
+        pytest.param(6.66 * DAY, 3.26 * DAY, 3.4 * DAY, 3.26 * DAY, id="160 hours at Let's Encrypt"),
+        pytest.param(90 * DAY, 40 * DAY, 80 * DAY, 40 * DAY, id="half of it too late"),
+        pytest.param(90 * DAY, 70 * DAY, 80 * DAY, 51 * DAY, id="all of it too late"),
+    ],
+)
+def test_a_window_around_the_last_resort_makes_no_herd(
+    lifetime: timedelta, first: timedelta, last: timedelta, earliest: timedelta
+) -> None:
+    """A bulk import whose windows are the same is spread up to the last resort, not renewed at it."""
+    leaf, window = validity(lifetime), Window(ISSUED + first, ISSUED + last)
+    ages = [choose_moment(window, leaf, number / 1000) - ISSUED for number in range(1000)]
+    last_resort = lifetime * renew_after(leaf)
+
+    assert min(ages) == earliest
+    assert max(ages) <= last_resort + SECOND
+    parts = [int((age - earliest) / (last_resort - earliest) * 20) for age in ages]
+    assert max(parts.count(part) for part in range(20)) <= 1000 / 20 * 2
 
 
 @pytest.mark.parametrize("lifetime", [20 * SECOND, timedelta(minutes=5), timedelta(hours=6), 6 * DAY, 90 * DAY])
@@ -248,9 +271,9 @@ def test_a_fleet_whose_windows_began_before_it_does_not_spin(lifetime: timedelta
     """
     dice, leaf = random.Random(7), validity(lifetime)
     window = Window(ISSUED + lifetime * 2 / 3 - DAY, ISSUED + lifetime * 2 / 3 + DAY)
-    ages = [due_at(leaf, choose_moment(window, ISSUED, dice.random())) - ISSUED for _ in range(1000)]
+    ages = [due_at(leaf, choose_moment(window, leaf, dice.random())) - ISSUED for _ in range(1000)]
 
-    assert sum(ages, timedelta(0)) / 1000 > lifetime * 0.45
+    assert sum(ages, timedelta(0)) / 1000 > lifetime * 0.4
 
 
 @pytest.mark.parametrize(
