@@ -29,16 +29,46 @@ class Job:
     every: timedelta
 
 
+class SteadyJobs(MemoryJobStore):  # type: ignore[misc]
+    """Jobs that no step of the machine's clock puts off.
+
+    The library plans by the time of day: after a step back it would wait for that time to come again, after
+    a step forward count up every run that it thinks it has missed.
+    """
+
+    def get_due_jobs(self, now: datetime) -> list[Any]:
+        """Return what is due; a job that is further away than its interval, either way, was moved there."""
+        for job in self.get_all_jobs():
+            if abs(job.next_run_time - now) > job.trigger.interval:
+                job.next_run_time = now
+                self.update_job(job)
+        return super().get_due_jobs(now)  # type: ignore[no-any-return]
+
+
+class _SteadyScheduler(BackgroundScheduler):  # type: ignore[misc]
+    """Looks at its jobs at least as often as the most frequent one runs."""
+
+    def __init__(self, longest_wait: timedelta, **options: Any) -> None:
+        super().__init__(jobstores={"default": SteadyJobs()}, **options)
+        self._longest_wait = longest_wait.total_seconds()
+
+    def _process_jobs(self) -> float:
+        """Start what is due, and return for how many seconds to wait by the monotonic clock."""
+        # Reckoned by the time of day once more, which may just have been stepped back; None when stopped.
+        wait: float | None = super()._process_jobs()
+        return self._longest_wait if wait is None else min(wait, self._longest_wait)
+
+
 class Timetable:
     """Runs jobs until stopped; one that is still running is not started again."""
 
     def __init__(self, jobs: list[Job]) -> None:
         self.errors: dict[str, int] = {job.name: 0 for job in jobs}
         """How often each job ended with an exception."""
-        self._scheduler = BackgroundScheduler(
+        self._scheduler = _SteadyScheduler(
+            min(job.every for job in jobs),
             timezone=UTC,
             executors={"default": ThreadPoolExecutor(_THREADS)},
-            jobstores={"default": SteadyJobs()},
             # The library's own default drops a job that is a second late.
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
         )
@@ -71,19 +101,3 @@ class Timetable:
             _log.warning("step.missed", extra={"step": event.job_id})
         else:
             _log.debug("step.still_running", extra={"step": event.job_id})
-
-
-class SteadyJobs(MemoryJobStore):  # type: ignore[misc]
-    """Jobs that no step of the machine's clock can put off.
-
-    The library waits by the monotonic clock, but for a time of day: after a step back it would wait for
-    that time to come again, after a step forward count up every run that it thinks it has missed.
-    """
-
-    def get_due_jobs(self, now: datetime) -> list[Any]:
-        """Return what is due; a job that is further away than its interval, either way, was moved there."""
-        for job in self.get_all_jobs():
-            if abs(job.next_run_time - now) > job.trigger.interval:
-                job.next_run_time = now
-                self.update_job(job)
-        return super().get_due_jobs(now)  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
 """The timetable: a clock and nothing more."""
 
+import itertools
 import logging
 import threading
 from collections.abc import Iterator
@@ -135,6 +136,21 @@ def test_a_step_of_the_wall_clock_stops_nothing(wall: type[Stepped], step: timed
         for _ in range(3):
             assert ran.acquire(timeout=10)
         assert timetable.errors == {"tick": 0}
+
+
+def test_a_step_back_in_the_middle_of_a_look_stops_nothing(wall: type[Stepped]) -> None:
+    """The library asks for the time twice: what is due, and how long until the next."""
+    ran, looks = threading.Semaphore(0), itertools.count()
+
+    class SteppedBack(Stepped):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) - timedelta(days=next(looks))
+
+    with running(Job("tick", ran.release, timedelta(milliseconds=20))), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apscheduler.schedulers.base.datetime", SteppedBack)
+        for _ in range(5):
+            assert ran.acquire(timeout=10)
 
 
 @pytest.fixture
