@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from certworker.cli.pebble import Pebble
+from certworker.cli.pebble import Pebble, free_ports
 from tests.conftest import PostgresServer
 
+from .pgproxy import PostgresProxy
 from .proxy import FaultProxy
 from .worker import Rig, copy_sqlite, rigged
 
@@ -39,15 +40,26 @@ def postgresql_copy(postgresql: PostgresServer, postgresql_template: str) -> Ite
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def rig(request: pytest.FixtureRequest, ca: Pebble, proxy: FaultProxy) -> Iterator[Rig]:
-    """A worker that is not started yet, on both databases, one after the other."""
+    """A worker that is not started yet, on both databases, one after the other.
+
+    `-haproxy` gives it a node, `-guarded` a proxy of its own before PostgreSQL.
+    """
+    database, _, extra = request.param.partition("-")
     with ExitStack() as stack:
-        # Short, for the sockets of a proxy.
+        # Short, for the sockets of a node.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="cw-chaos-")))
-        if request.param == "sqlite":
+        settings, guard = {}, None
+        if extra == "haproxy":
+            settings = {"EMBEDDED_NODE": "haproxy", "RESPONDER_LISTEN": f"127.0.0.1:{free_ports(1)[0]}"}
+        if database == "sqlite":
             url = copy_sqlite(request.getfixturevalue("sqlite_template"), folder)
         else:
             url = request.getfixturevalue("postgresql_copy")
-        yield stack.enter_context(rigged(ca, proxy, folder, url))
+        if extra == "guarded":
+            server: PostgresServer = request.getfixturevalue("postgresql")
+            guard = stack.enter_context(PostgresProxy(server.port))
+            settings = {"DATABASE_URL": url.replace(f":{server.port}/", f":{guard.port}/")}
+        yield stack.enter_context(rigged(ca, proxy, folder, url, guard, **settings))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -5,6 +5,7 @@ Each takes the database as it is, and what the CA itself says; none asks the pro
 
 import re
 import sqlite3
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from certworker.store.tables import acme_accounts, audit_logs, certificates, cha
 from tests.flow.box import until
 from tests.test_leaks import Secret
 
-from .worker import Rig
+from .worker import Rig, kek_path
 
 _SAMPLE = 0.2
 _LEASE = timedelta(seconds=60)
@@ -133,6 +134,17 @@ def assert_quiet(rig: Rig) -> None:
     assert rig.proxy.posts() == posts
 
 
+def assert_all_well(rig: Rig, wanted: int = 1) -> None:
+    """O2 to O5, O7 and O12 of a rig that runs: so many certificates of the CA's, and nothing else."""
+    assert_quiet(rig)
+    assert len(rig.ledger()) == wanted
+    assert keys_lost(rig) == []
+    assert_pairs(rig)
+    assert_nothing_stuck(rig.db)
+    assert_audited(rig.db)
+    assert leaks(rig) == []
+
+
 # -- O5 -----------------------------------------------------------------------------------------------
 
 
@@ -148,8 +160,7 @@ def leaks(rig: Rig) -> list[str]:
 
 def secrets_of(rig: Rig) -> Iterator[Secret]:
     """Return everything of this rig that must be nowhere in plain form."""
-    kek = _kek_path(rig)
-    yield Secret.of_bytes("key-encryption key", read_kek(kek))
+    yield Secret.of_bytes("key-encryption key", read_kek(kek_path(rig)))
     for table in (certificates, issuances):
         query = select(table.c.id, table.c.key_pem).where(table.c.key_pem.is_not(None))
         for row in rig.db.read(lambda tx, query=query: tx.execute(query).all()):  # type: ignore[misc]
@@ -161,10 +172,6 @@ def secrets_of(rig: Rig) -> Iterator[Secret]:
         yield Secret.of_key(f"account {row.id}", pem)
 
 
-def _kek_path(rig: Rig) -> Path:
-    return Path(rig.box.environ["CERTWORKER_DATA_DIR"]) / "kek"
-
-
 def _places(rig: Rig) -> Iterator[tuple[str, bytes]]:
     yield "log", rig.worker.said().encode()
     yield "ledger", rig.ca.log_path.read_bytes()
@@ -174,8 +181,11 @@ def _places(rig: Rig) -> Iterator[tuple[str, bytes]]:
         said = b"" if exchange.answer is None else exchange.answer.body
         yield f"{exchange.method} {exchange.path}", exchange.body + b"\n" + repr(exchange.payload).encode() + said
     yield "database", _dump(rig.url)
-    files = (path for path in _kek_path(rig).parent.rglob("*") if path.is_file() and path != _kek_path(rig))
-    yield from ((str(path), path.read_bytes()) for path in files)
+    for path in Path(rig.box.environ["CERTWORKER_DATA_DIR"]).rglob("*"):
+        # The pairs of a proxy are where they belong.
+        if path.is_file() and path.parent.name != "certs":
+            # By another process: whoever closes a file drops this process's locks on it, those of SQLite too.
+            yield str(path), subprocess.run(["cat", path], check=True, capture_output=True).stdout
 
 
 def _dump(url: str) -> bytes:

@@ -125,12 +125,12 @@ class Turn:
         """End the connection with RST."""
         self._handler.hang_up(linger=b"\x01\0\0\0\0\0\0\0")
 
-    def wait(self, go_on: threading.Event) -> bool:
-        """Wait for `go_on`; False if the client has left, or the proxy stops, before."""
+    def wait(self, go_on: threading.Event, *, outlive: bool = False) -> bool:
+        """Wait for `go_on`; False if the proxy stops before, or the client has left (unless to `outlive` it)."""
         left = select.poll()
         left.register(self._handler.connection, select.POLLIN | select.POLLRDHUP)
         while not go_on.wait(0.01):
-            if left.poll(0) or self._handler.server.stopping.is_set():
+            if self._handler.server.stopping.is_set() or (left.poll(0) and not outlive):
                 return False
         return True
 
@@ -240,11 +240,13 @@ def pass_on(turn: Turn) -> None:
 class Hold:
     """Keeps a request back, before the CA sees it or (`answered`) when the CA has done its part.
 
-    A client that leaves meanwhile takes its request with it: the CA never sees what was held before it.
+    A client that leaves meanwhile takes its request with it, and the CA never sees what was held before it;
+    but one that is to `outlive` its client was on the way already, and arrives late.
     """
 
-    def __init__(self, *, answered: bool = False) -> None:
+    def __init__(self, *, answered: bool = False, outlive: bool = False) -> None:
         self._answered = answered
+        self._outlive = outlive
         self._reached = threading.Event()
         self._released = threading.Event()
 
@@ -252,7 +254,7 @@ class Hold:
         if self._answered:
             turn.ask()
         self._reached.set()
-        if turn.wait(self._released):
+        if turn.wait(self._released, outlive=self._outlive):
             turn.send(turn.ask())
 
     @property

@@ -7,22 +7,24 @@ the database and from what the CA saw that it is, and only then it is killed.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
+from cryptography import x509
+from sqlalchemy import Row
 
 from certworker.core.issuance import State
 from tests.flow.box import until
+from tests.flow.test_takeover import masters
 
 from .database import held_write
-from .oracles import OneActive, assert_audited, assert_nothing_stuck, assert_pairs, assert_quiet, keys_lost
+from .oracles import OneActive, assert_all_well, keys_lost
 from .proxy import Hold, rewrite
 from .worker import Rig
 
 pytestmark = pytest.mark.pebble
 
-LEASES_END_BY_HAND = True
-"""On PostgreSQL a lease of a killed worker lasts 60 s; shorten it."""
 RESUME_LIMIT = {"sqlite": 5.0, "postgresql": 10.0}
 """Seconds from the start of the process to the active certificate."""
 
@@ -92,7 +94,8 @@ def has_looked(rig: Rig) -> bool:
 
 
 def has_issued(rig: Rig) -> bool:
-    return len(rig.ledger()) == 1
+    """Say whether every order has become a certificate."""
+    return len(rig.ledger()) == rig.orders()
 
 
 @dataclass(frozen=True)
@@ -153,38 +156,100 @@ def test_one_certificate_whatever_dies(point: Point, rig: Rig, record_property: 
     """Killed at this point and started again: one certificate of the CA's, with the key that was stored."""
     rig.want(NAME)
     with OneActive(rig.url) as watch:
-        with ExitStack() as holds:
-            reached = point.hold(rig, holds)
-            rig.worker.start()
-            until(reached)
-            dead = rig.issuance(NAME)
-            assert dead.state == point.state
-            assert (rig.accounts(), rig.orders(), len(rig.ledger())) == point.at_ca
-            rig.worker.kill()
-        assert rig.issuance(NAME).state == point.state
-        if LEASES_END_BY_HAND:
-            rig.end_leases()
-
+        dead = kill_at(point, rig, rig.worker.start)
+        assert (rig.accounts(), rig.orders(), len(rig.ledger())) == point.at_ca
         rig.worker.start()
         until(lambda: rig.serial(NAME) is not None)
         resumed = time.monotonic() - rig.worker.started_at
         done = rig.issuance(NAME)
-        assert_quiet(rig)
-    record_property("kill", {
-        "point": point.name, "held": point.what, "state": point.state.value,
-        "database": "sqlite" if rig.db.embedded else "postgresql", "kills": 1, "wanted": 1,
-        "issued": len(rig.ledger()), "keys lost": len(keys_lost(rig)), "duplicates": len(rig.ledger()) - 1,
-        "orders": rig.orders(), "resume s": f"{resumed:.1f}",
-    })  # fmt: skip
+        record_property("kill", describe(rig, point, resumed))
+        assert_all_well(rig)
 
     assert watch.samples > 0
-    assert len(rig.ledger()) == 1
-    assert keys_lost(rig) == []
     assert (rig.accounts(), rig.orders()) == (1, point.orders)
     assert done.id == dead.id
     assert dead.spki_sha256 in (None, done.spki_sha256)
-    assert_pairs(rig)
-    assert_nothing_stuck(rig.db)
-    assert_audited(rig.db)
     rig.worker.stop()
-    assert resumed <= RESUME_LIMIT["sqlite" if rig.db.embedded else "postgresql"]
+    assert resumed <= RESUME_LIMIT[rig.database]
+
+
+def describe(rig: Rig, point: Point, resumed: float, wanted: int = 1) -> dict[str, object]:
+    """Return a line of the table at the end of the run."""
+    issued = len(rig.ledger())
+    return {
+        "point": point.name, "held": point.what, "state": point.state.value, "database": rig.database, "kills": 1,
+        "wanted": wanted, "issued": issued, "keys lost": len(keys_lost(rig)), "duplicates": issued - wanted,
+        "orders": rig.orders(), "resume s": f"{resumed:.1f}",
+    }  # fmt: skip
+
+
+def kill_at(point: Point, rig: Rig, start: Callable[[], None]) -> Row[Any]:
+    """Kill the worker at this point, and return the row of its issuance as it was then."""
+    with ExitStack() as holds:
+        reached = point.hold(rig, holds)
+        start()
+        until(reached)
+        dead = rig.issuance(NAME)
+        assert dead.state == point.state
+        rig.kill()
+    assert rig.issuance(NAME).state == point.state
+    return dead
+
+
+RENEWAL_POINTS = [point for point in POINTS if point.name in ("K05", "K17", "K19", "K21")]
+
+
+@pytest.mark.parametrize("point", RENEWAL_POINTS, ids=lambda point: point.name)
+def test_a_renewal_is_killed(point: Point, rig: Rig, record_property: Callable[[str, object], None]) -> None:
+    """The old certificate is active until the new one is, and there is never none or two."""
+    rig.want(NAME)
+    rig.worker.start()
+    until(lambda: rig.serial(NAME) is not None)
+    first = rig.serial(NAME)
+    with OneActive(rig.url) as watch:
+        dead = kill_at(point, rig, rig.want_renewal)
+        assert rig.serial(NAME) == first
+        rig.worker.start()
+        until(lambda: rig.serial(NAME) != first)
+        resumed = time.monotonic() - rig.worker.started_at
+        record_property("kill", describe(rig, replace(point, name=f"{point.name} renewal"), resumed, wanted=2))
+        assert_all_well(rig, wanted=2)
+
+    assert watch.samples > 0
+    assert rig.orders() == 2
+    assert [issuance.state for issuance in rig.issuances(NAME)] == ["done", "done"]
+    assert rig.issuance(NAME).id == dead.id
+    rig.worker.stop()
+
+
+DELIVERY_POINTS = [
+    Point(
+        "K23", "heartbeat of the node", commit("CAST(NEW.metadata ->> 'revision' AS INTEGER) > 0", "node_status"),
+        S.DONE, ISSUED,
+    ),
+    Point("K24", "note that it is served", commit("NEW.served_at IS NOT NULL", "lineages"), S.DONE, ISSUED),
+]  # fmt: skip
+
+
+@pytest.mark.proxy
+@pytest.mark.parametrize("rig", ["sqlite-haproxy", "postgresql-haproxy"], indirect=True)
+def test_a_delivery_is_killed(rig: Rig, record_property: Callable[[str, object], None]) -> None:
+    """Killed between activation and heartbeat, and between heartbeat and `served_at`: served, and not ordered again."""
+    rig.box.configure(NAME)
+    for point in DELIVERY_POINTS:
+        kill_at(point, rig, rig.worker.start)
+        assert not rig.is_served(NAME)
+    rig.worker.start()
+    until(lambda: rig.is_served(NAME))
+    resumed = time.monotonic() - rig.worker.started_at
+    record_property("kill", {**describe(rig, DELIVERY_POINTS[1], resumed), "point": "K23, K24", "kills": 2})
+    assert_all_well(rig)
+    with rig.box.upstream():
+        status, body, leaf = rig.box.get(NAME, rig.ca.root_pem())
+
+    assert (status, body) == (200, b"hello from upstream")
+    assert f"{x509.load_der_x509_certificate(leaf).serial_number:x}" == rig.serial(NAME)
+    assert rig.orders() == 1
+    rig.worker.stop()
+    assert masters(rig.box) == []
+    assert resumed <= RESUME_LIMIT[rig.database]

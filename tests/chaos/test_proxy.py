@@ -175,6 +175,19 @@ def test_a_client_that_leaves_takes_what_was_held_along(proxy: FaultProxy, ca: P
     assert proxy.seen("newNonce")[0].answer is None
 
 
+def test_a_request_that_outlives_its_client(proxy: FaultProxy, ca: Pebble) -> None:
+    """It was on the way already: the CA does its part for nobody."""
+    hold, asked = Hold(outlive=True), ca.requests()
+    proxy.on("newNonce", hold)
+    with closing(Browser(proxy).connection) as leaving:
+        leaving.request("HEAD", NONCE, headers={"User-Agent": "chaos"})
+        until(lambda: hold.reached)
+    hold.release()
+    until(lambda: proxy.seen("newNonce", status=200))
+
+    assert (ca.requests() - asked)["HEAD", NONCE] == 1
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "header"),
     [

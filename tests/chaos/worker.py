@@ -4,6 +4,7 @@ A `Rig` is one such worker in one place, its database, and the fault proxy betwe
 proxy of a gateway: the responder listens where Pebble looks.
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ from certworker.store import schema
 from certworker.store.database import Database, open_database
 from certworker.store.rows import new_id
 from certworker.store.seal import Sealer
-from certworker.store.tables import certificates, issuances, lineage_names, tls_policies
+from certworker.store.tables import certificates, issuances, lineage_names, lineages, tls_policies
 from tests.flow.box import Box
+from tests.flow.test_takeover import masters
 
+from .pgproxy import PostgresProxy
 from .proxy import FaultProxy
 
+LEASES_END_BY_HAND = True
+"""On PostgreSQL a lease of a killed worker lasts 60 s, whoever comes next: shorten it."""
 _STOP_LIMIT = 30
 
 
@@ -102,8 +107,26 @@ class Rig:
     url: str
     """Of the database, past any proxy."""
     sealer: Sealer
-    issued_before: int = field(default=0)
+    _guard: PostgresProxy | None
+    _issued_before: int
     """How many certificates the CA had issued to others."""
+
+    @property
+    def guard(self) -> PostgresProxy:
+        """The proxy between the worker and PostgreSQL."""
+        assert self._guard is not None, "this rig has none"
+        return self._guard
+
+    @property
+    def database(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self.db.engine.dialect.name
+
+    def kill(self) -> None:
+        """Kill the worker; what is started in its place finds its leases."""
+        self.worker.kill()
+        if LEASES_END_BY_HAND:
+            self.end_leases()
 
     # -- what is wanted -------------------------------------------------------------------------------
 
@@ -145,9 +168,14 @@ class Rig:
         serving = (certificates.c.domain == dns_name, certificates.c.status == "active")
         return self.db.read(lambda tx: tx.execute(select(certificates.c.serial).where(*serving)).scalar())
 
+    def is_served(self, dns_name: str) -> bool:
+        """Say whether every live node has proved that it serves the certificate for a name."""
+        of_name = select(lineages.c.served_at).join(lineage_names).where(lineage_names.c.dns_name == dns_name)
+        return self.db.read(lambda tx: tx.execute(of_name).scalar()) is not None
+
     def ledger(self) -> list[Issued]:
         """Return what the CA issued since this rig was made."""
-        return self.ca.ledger()[self.issued_before :]
+        return self.ca.ledger()[self._issued_before :]
 
     def accounts(self) -> int:
         """Count the accounts that the CA made."""
@@ -159,24 +187,52 @@ class Rig:
 
 
 @contextmanager
-def rigged(ca: Pebble, proxy: FaultProxy, folder: Path, url: str, **settings: str) -> Iterator[Rig]:
+def rigged(
+    ca: Pebble, proxy: FaultProxy, folder: Path, url: str, guard: PostgresProxy | None = None, **settings: str
+) -> Iterator[Rig]:
     """Make a rig on the migrated database at `url`; at the end nothing of it runs any more."""
-    ours = {
-        "ACME_DIRECTORY_URL": proxy.directory_url, "ACME_CA_BUNDLE": str(proxy.ca_bundle), "DATABASE_URL": url,
-        "RESPONDER_LISTEN": f"127.0.0.1:{ca.http_port}", "SCAN_INTERVAL_SECS": "1", **settings,
-    }  # fmt: skip
-    box = Box.make(folder, ca, node="none", **ours)
+    box = _make_box(ca, proxy, folder, **{"DATABASE_URL": url, "KEK_FILE": str(folder / "kek"), **settings})
     asked = settings_of(box)
     wiring.initialise(asked, schema.upgrade)
     db = open_database(url)
     worker = Worker(box, folder / "run.log")
     try:
-        yield Rig(ca, proxy, box, worker, db, url, wiring.make_sealer(asked), len(ca.ledger()))
+        yield Rig(ca, proxy, box, worker, db, url, wiring.make_sealer(asked), guard, len(ca.ledger()))
     finally:
-        if worker.process is not None:
-            worker.kill()
-        print(worker.said())  # shown when the test has failed
+        _end(worker)
         db.close()
+
+
+@contextmanager
+def successor_of(rig: Rig, folder: Path, **settings: str) -> Iterator[Worker]:
+    """Make another worker for the same database, in a place of its own."""
+    shared = {"DATABASE_URL": rig.url, "KEK_FILE": str(kek_path(rig))}
+    worker = Worker(_make_box(rig.ca, rig.proxy, folder, **{**shared, **settings}), folder / "successor.log")
+    try:
+        yield worker
+    finally:
+        _end(worker)
+
+
+def _make_box(ca: Pebble, proxy: FaultProxy, folder: Path, **settings: str) -> Box:
+    ours = {
+        "ACME_DIRECTORY_URL": proxy.directory_url, "ACME_CA_BUNDLE": str(proxy.ca_bundle),
+        "RESPONDER_LISTEN": f"127.0.0.1:{ca.http_port}", "SCAN_INTERVAL_SECS": "1",
+    }  # fmt: skip
+    return Box.make(folder, ca, node="none", **{**ours, **settings})
+
+
+def _end(worker: Worker) -> None:
+    if worker.process is not None:
+        worker.kill()
+    for master in masters(worker.box):
+        os.kill(master, signal.SIGTERM)  # it would outlive the test, as it outlives the worker
+    print(worker.said())  # shown when the test has failed
+
+
+def kek_path(rig: Rig) -> Path:
+    """Return where the key-encryption key is."""
+    return Path(rig.box.environ["CERTWORKER_KEK_FILE"])
 
 
 def settings_of(box: Box) -> Settings:
