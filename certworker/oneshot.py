@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -21,10 +21,12 @@ from certworker.errors import DatabaseHeld
 from certworker.service import EmbeddedNode
 from certworker.steps.crew import Crew
 from certworker.steps.expire import expire
-from certworker.steps.issue import Session
+from certworker.steps.gate import incident
 from certworker.steps.publish import publish
 from certworker.steps.reconcile import reconcile
+from certworker.steps.refresh_ari import refresh_ari
 from certworker.steps.renew import Outcome, Request, Ticket, outcome, request
+from certworker.steps.session import Bench, Session
 from certworker.steps.verify import verify
 from certworker.store import issuances, nodes, workers
 from certworker.store.issuances import Standing
@@ -95,11 +97,25 @@ def renew(
     wiring.refuse_other_issuer(app)
     reconcile(app.db, app.clock, app.wanted, app.sealer)
     private = app.settings.acme_private_ca
+    if not names and not dry_run and not app.db.read(workers.alive):
+        _ask_when_to_renew(app)
     asked = request(app.db, app.clock, names, force=force, dry_run=dry_run, private_ca=private)
     result = Renewal(would_renew=asked.would_renew, unchanged=asked.unchanged, dry_run=dry_run)
     if asked.tickets:
+        # Whoever asks has mended what the CA refused our account for, or wants to know.
+        wiring.make_gate(app, new_id()).resume()
         result.outcomes = _Wait(app, asked, deadline, watch or Watcher()).until_done()
     return result
+
+
+def _ask_when_to_renew(app: App, bench: Bench | None = None) -> None:
+    """Ask the CA about certificates that it is time for; no service does (RFC 9773)."""
+    used = bench or wiring.make_bench(app, new_id(), lambda _: None)
+    used.gate.refresh()
+    refresh_ari(
+        app.db, used.client, app.clock, used.draw, closed=lambda: used.gate.closed_until() is not None,
+        trouble=lambda failure: used.gate.failed(failure, ""),
+    )  # fmt: skip
 
 
 class _Wait:
@@ -114,7 +130,8 @@ class _Wait:
         self._ended: dict[str, Outcome] = {}
         self._stack = ExitStack()
         self._node: EmbeddedNode | None = None
-        self._working = False
+        self._bench: Bench | None = None
+        """What we work with; None while somebody else does."""
         self._try_at = 0.0
         self._wake = threading.Event()
 
@@ -127,11 +144,14 @@ class _Wait:
                     break
                 self._wake.wait(_LOOK)
                 self._wake.clear()
+            if self._bench is not None:
+                _ask_when_to_renew(self._app, self._bench)
             return [self._ended.get(ticket.issuance_id) or self._ask(ticket) for ticket in self._tickets]
 
     def _look(self) -> bool:
         """Note what has happened since; say whether nothing more will before the deadline."""
-        if self._working:
+        if self._bench is not None:
+            self._bench.gate.probe(self._bench.client)
             verify(self._app.db, self._app.clock, self._app.settings.node_silent)
         waiting = [ticket for ticket in self._tickets if ticket.issuance_id not in self._ended]
         ids = [ticket.issuance_id for ticket in waiting]
@@ -144,20 +164,37 @@ class _Wait:
                 self._ended[ticket.issuance_id] = found
                 self._watch.ended(found)
         unserved = len(waiting) - len(still_open) - sum(t.issuance_id in self._ended for t in waiting)
-        return not unserved and all(self._is_put_off(standing) for standing in still_open.values())
+        return not unserved and (self._is_closed() or all(map(self._is_put_off, still_open.values())))
 
     def _tell(self, ticket: Ticket, standing: Standing) -> None:
         """Say how far a ticket is that somebody else works on; our own crew tells by itself."""
-        if not self._working and self._told.get(ticket.issuance_id) != standing.state:
+        if self._bench is None and self._told.get(ticket.issuance_id) != standing.state:
             self._told[ticket.issuance_id] = standing.state
             self._watch.reached(ticket, standing.state)
 
     def _is_put_off(self, standing: Standing) -> bool:
-        left = timedelta(seconds=max(self._deadline - time.monotonic(), 0))
-        return not standing.leased and standing.attempt_at > self._app.clock() + left
+        return not standing.leased and self._is_too_late(standing.attempt_at)
+
+    def _is_closed(self) -> bool:
+        """Say whether the CA is asked for nothing until we have stopped waiting."""
+        found = self._incident()
+        return (
+            found is not None and found["next_attempt_at"] is not None and self._is_too_late(found["next_attempt_at"])
+        )
+
+    def _is_too_late(self, moment: datetime) -> bool:
+        return moment > self._app.clock() + timedelta(seconds=max(self._deadline - time.monotonic(), 0))
+
+    def _incident(self) -> dict[str, Any] | None:
+        url = self._app.settings.acme_directory_url
+        return self._app.db.read(lambda tx: incident(tx, url, self._app.clock()))
 
     def _ask(self, ticket: Ticket) -> Outcome:
-        return outcome(self._app.db, ticket, has_nodes=self._has_nodes())
+        """Return how a ticket stands; one that only waits for the CA has the CA's trouble for a reason."""
+        found = outcome(self._app.db, ticket, has_nodes=self._has_nodes())
+        if found.result == "waiting" and found.error is None and (trouble := self._incident()) is not None:
+            return replace(found, error={**(trouble["error"] or {}), "retry_at": _shown(trouble["next_attempt_at"])})
+        return found
 
     def _has_nodes(self) -> bool:
         return bool(self._app.db.read(lambda tx: nodes.live(tx, self._app.settings.node_silent)))
@@ -165,9 +202,10 @@ class _Wait:
     # -- taking the place of a service that is not there -----------------------------------------------
 
     def _take_over_if_free(self) -> None:
-        if self._working or time.monotonic() < self._try_at:
+        if self._bench is not None or time.monotonic() < self._try_at:
             return
         self._try_at = time.monotonic() + _TAKE_OVER
+        self._bury_predecessor()
         if not self._app.db.embedded and self._app.db.read(workers.alive):
             return
         try:
@@ -176,17 +214,24 @@ class _Wait:
             return
         if role is not None:
             self._stack.callback(role.give_up)
-            self._app.db.write(lambda tx: issuances.free_leases(tx))
+            self._app.db.write(issuances.free_dead_leases)
         self._start_working()
+
+    def _bury_predecessor(self) -> None:
+        """Take over from a service of this data folder that is dead, without waiting until it is silent for long."""
+        place = wiring.take_place(self._app)
+        if place is not None:
+            with place:
+                self._app.db.write(lambda tx: issuances.free_dead_leases(tx, workers.bury_place(tx, place.name)))
 
     def _start_working(self) -> None:
         app, only, worker_id = self._app, [ticket.issuance_id for ticket in self._tickets], new_id()
-        self._working = True
+        self._bench = bench = wiring.make_bench(app, worker_id, self._note)
         app.db.write(lambda tx: workers.enter(tx, worker_id, socket.gethostname(), os.getpid(), version("certworker")))
         self._stack.callback(app.db.write, lambda tx: workers.leave(tx, worker_id))
         expire(app.db, app.clock)
         crew = Crew(
-            wiring.make_bench(app, self._note), worker_id, app.settings.concurrency, only, may_order=self._can_answer
+            bench, worker_id, app.settings.concurrency, only, may_order=self._can_answer, beaten=app.clock.anchor
         )
         responder = wiring.make_responder(app, crew.fetched)
         responder.start()
@@ -210,6 +255,10 @@ class _Wait:
                 self._node.poke()
             self._wake.set()
         self._watch.moved(session)
+
+
+def _shown(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat(timespec="seconds")
 
 
 def _is_final(found: Outcome) -> bool:

@@ -22,13 +22,14 @@ from certworker.core.rollout import Cursor
 from certworker.errors import CertworkerError, StoreError
 from certworker.node.agent import Agent
 from certworker.scheduler import Job, Timetable
-from certworker.steps.crew import Crew
+from certworker.steps.crew import POLL, Crew
 from certworker.steps.expire import expire
-from certworker.steps.issue import Session
 from certworker.steps.publish import publish, publish_changes
 from certworker.steps.reap import reap
 from certworker.steps.reconcile import reconcile
+from certworker.steps.refresh_ari import refresh_ari
 from certworker.steps.scan import scan
+from certworker.steps.session import Session
 from certworker.steps.verify import verify
 from certworker.store import issuances, report, settings_kv, workers
 from certworker.store.database import Transaction
@@ -45,6 +46,12 @@ _STEP = timedelta(seconds=8)
 """How long a stop waits for a step of the node."""
 _LOOK = timedelta(seconds=2)
 """How often the notes of changed rows are read: an empty look is one index probe."""
+_ARI = timedelta(seconds=10)
+_PROBE = timedelta(seconds=2)
+"""How often it is asked whether a CA that was in trouble is due to be tried."""
+_TOLD_POLL = timedelta(seconds=5)
+"""How often a worker that is told of new work (LISTEN) looks by itself."""
+_JUMP = timedelta(seconds=30)
 
 
 class Service:
@@ -55,18 +62,22 @@ class Service:
         self._moved_hook = moved
         self._worker_id = new_id()
         self._role = wiring.take_role(app)
+        self._place = wiring.take_place(app)
+        self._listener = wiring.make_listener(app, self._told)
         self._announced = False
         self._stopping = threading.Event()
         try:
-            self._bench = wiring.make_bench(app, self._moved)
-            self._crew = Crew(self._bench, self._worker_id, app.settings.concurrency, may_order=self._can_answer)
+            self._bench = wiring.make_bench(app, self._worker_id, self._moved)
+            self._crew = Crew(
+                self._bench, self._worker_id, app.settings.concurrency, may_order=self._can_answer,
+                beaten=self._beaten, poll=POLL if self._listener is None else _TOLD_POLL,
+            )  # fmt: skip
             self._responder = wiring.make_responder(app, self._crew.fetched)
             self._node = EmbeddedNode(agent, self._verify) if (agent := wiring.make_agent(app)) is not None else None
             self._timetable = Timetable(self._jobs())
             self._api = ApiServer(app.settings.api_listen, self, app.settings.scan_interval)
         except BaseException:
-            if self._role is not None:
-                self._role.give_up()
+            self._give_up_locks()
             raise
 
     def start(self) -> None:
@@ -81,6 +92,8 @@ class Service:
                 self._node.start()
             self._crew.start()
             self._timetable.start()
+            if self._listener is not None:
+                self._listener.start()
         except BaseException:
             self.stop()
             raise
@@ -99,8 +112,7 @@ class Service:
         _log.info("service.stopping", extra={"worker": self._worker_id})
         self._stopping.set()
         with ExitStack() as last:  # run in reverse: the timetable first, the role last
-            if self._role is not None:
-                last.callback(self._role.give_up)
+            last.callback(self._give_up_locks)
             last.callback(self._leave)
             last.callback(self._api.stop)
             last.callback(self._responder.stop)
@@ -108,6 +120,13 @@ class Service:
                 last.callback(self._node.stop)
             last.callback(self._crew.stop)
             last.callback(self._timetable.stop)
+            if self._listener is not None:
+                last.callback(self._listener.stop)
+
+    def _give_up_locks(self) -> None:
+        for held in (self._role, self._place):
+            if held is not None:
+                held.give_up()
 
     def _can_answer(self) -> bool:
         """Say whether this machine's own proxy, if there is one, answers challenges."""
@@ -134,6 +153,8 @@ class Service:
             Job("scan", self._scan, interval),
             Job("expire", self._expire, min(_EXPIRE, interval)),
             Job("verify", self._verify, min(_LOOK, interval)),
+            Job("refresh_ari", self._refresh_ari, min(_ARI, interval)),
+            Job("probe", lambda: self._bench.gate.probe(self._bench.client), _PROBE),
             Job("reap", lambda: reap(self._app.db, self._app.clock), _REAP),
         ]
         if self._app.settings.auto_publish == "on":
@@ -149,6 +170,15 @@ class Service:
         if report.queued:
             _log.info("scan.queued", extra={"due": report.looked_at, "queued": report.queued})
             self._crew.poke()
+
+    def _refresh_ari(self) -> None:
+        bench = self._bench
+        if refresh_ari(
+            bench.db, bench.client, bench.clock, bench.draw, self._going,
+            closed=lambda: bench.gate.closed_until() is not None,
+            trouble=lambda failure: bench.gate.failed(failure, ""),
+        ):  # fmt: skip
+            self._scan()
 
     def _expire(self) -> None:
         count = expire(self._app.db, self._app.clock)
@@ -197,6 +227,18 @@ class Service:
 
     # -- events ---------------------------------------------------------------------------------------
 
+    def _told(self, table: str) -> None:
+        """Something was written that waits for a worker."""
+        if table == "issuances":
+            self._crew.poke()
+        elif not self._stopping.is_set():
+            self._timetable.run_soon("reconcile")
+
+    def _beaten(self, db_now: datetime) -> None:
+        """Follow the database's clock; what waits for a time that will not come looks now."""
+        if abs(self._app.clock.anchor(db_now)) > _JUMP:
+            self._crew.realign()
+
     def _moved(self, session: Session) -> None:
         row = session.issuance
         fields = {"names": session.lineage.dns_names[:3], "issuance": row.id, "state": row.state}
@@ -205,8 +247,10 @@ class Service:
             _log.warning("issuance.trouble", extra=fields)
         else:
             _log.info(f"issuance.{row.state}", extra=fields)
-        if row.state == State.DONE and self._node is not None:
-            self._node.poke()
+        if row.state == State.DONE:
+            self._timetable.run_soon("refresh_ari")
+            if self._node is not None:
+                self._node.poke()
         if self._moved_hook is not None:
             self._moved_hook(session)
 
@@ -214,8 +258,12 @@ class Service:
         if self._role is not None:
             # We alone hold the role, so whoever else is in the database is dead.
             workers.bury(tx, everybody=True)
-            issuances.free_leases(tx)
-        workers.enter(tx, self._worker_id, socket.gethostname(), os.getpid(), version("certworker"))
+            issuances.free_dead_leases(tx)
+        elif self._place is not None:
+            # The lock of this data folder is ours: whoever had it before is dead.
+            issuances.free_dead_leases(tx, workers.bury_place(tx, self._place.name))
+        place = None if self._place is None else self._place.name
+        workers.enter(tx, self._worker_id, socket.gethostname(), os.getpid(), version("certworker"), place)
 
 
 class EmbeddedNode:

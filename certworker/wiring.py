@@ -4,6 +4,7 @@
 does not pay for what a long one uses.
 """
 
+import hashlib
 import os
 import platform
 import pwd
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from certworker.ca.client import Client, ExternalAccount
 from certworker.ca.transport import Transport
-from certworker.clock import Clock, system_clock
+from certworker.clock import DatabaseClock, system_clock
 from certworker.core.certificate import normalise_pair
 from certworker.core.gateway import Defaults
 from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat, NodeCertificate
@@ -31,9 +32,10 @@ from certworker.node.patience import Patience
 from certworker.resolver import look_up
 from certworker.responder import Responder
 from certworker.settings import Settings
-from certworker.steps.issue import Bench, Session
+from certworker.steps.gate import Gate
 from certworker.steps.reconcile import Wanted
 from certworker.steps.register import Accounts, Registration
+from certworker.steps.session import Bench, Session
 from certworker.store import (
     certificates,
     challenges,
@@ -55,7 +57,8 @@ from certworker.store.database import (
     sqlite_path,
 )
 from certworker.store.lineages import Issuer
-from certworker.store.role import WorkerRole
+from certworker.store.listen import Listener
+from certworker.store.role import Place, WorkerRole
 from certworker.store.seal import Sealer, make_kek, read_kek
 
 _KEK_WORD = "certworker"
@@ -69,7 +72,7 @@ class App:
     settings: Settings
     db: Database
     sealer: Sealer
-    clock: Clock
+    clock: DatabaseClock
 
     def close(self) -> None:
         """Close the database."""
@@ -134,7 +137,7 @@ def _upgrade(settings: Settings, db: Database, upgrade: Upgrade) -> list[str]:
     return [f"database schema {after}" + (f" (was {before})" if before else "")]
 
 
-def open_app(settings: Settings, clock: Clock = system_clock) -> App:
+def open_app(settings: Settings) -> App:
     """Open the database and the key, or say in one error what is missing; no work is done before."""
     path = sqlite_path(settings.database_url)
     if path is not None and not path.exists():
@@ -147,7 +150,7 @@ def open_app(settings: Settings, clock: Clock = system_clock) -> App:
     except CertworkerError:
         db.close()
         raise
-    return App(settings, db, sealer, clock)
+    return App(settings, db, sealer, DatabaseClock(db.now))
 
 
 def kek_path(settings: Settings) -> Path:
@@ -168,6 +171,16 @@ def take_role(app: App) -> WorkerRole | None:
     return None if path is None else WorkerRole.take(path, app.clock())
 
 
+def take_place(app: App) -> Place | None:
+    """Take the place of this data folder, by which the next worker in it knows that this one is dead."""
+    return None if app.db.embedded else Place.take(app.settings.data_dir)
+
+
+def make_listener(app: App, on_notice: Callable[[str], object]) -> Listener | None:
+    """Return what hears of new rows, not started; an embedded database has one worker, which knows."""
+    return None if app.db.embedded else Listener(app.settings.database_url, on_notice)
+
+
 def refuse_other_issuer(app: App) -> None:
     """Raise SettingsError if a live service works with another CA, profile or key type on this database.
 
@@ -181,20 +194,34 @@ def refuse_other_issuer(app: App) -> None:
         )
 
 
-def make_bench(app: App, moved: Callable[[Session], None]) -> Bench:
-    """Return what issuances are made with."""
+def make_accounts(app: App) -> Accounts:
+    """Return the accounts at the CA of the settings."""
     s = app.settings
-    transport = Transport(s.acme_ca_bundle, os.environ)
-    client = Client(s.acme_directory_url, transport, app.clock)
+    client = Client(s.acme_directory_url, Transport(s.acme_ca_bundle, os.environ), app.clock)
     secret = s.acme_eab_hmac_key.get_secret_value() if s.acme_eab_hmac_key else ""
     external = ExternalAccount(s.acme_eab_kid, secret) if s.acme_eab_kid else None
     registration = Registration(
-        s.acme_directory_url, tuple(s.acme_contact), s.acme_tos_agreed, external, s.acme_private_ca
-    )
-    accounts = Accounts(app.db, client, app.sealer, app.clock, registration)
+        s.acme_directory_url, tuple(s.acme_contact), s.acme_tos_agreed, external, s.acme_private_ca,
+        s.acme_rate_limits,
+    )  # fmt: skip
+    return Accounts(app.db, client, app.sealer, app.clock, registration)
+
+
+def make_gate(app: App, worker_id: str) -> Gate:
+    """Return this worker's side of the circuit breaker at the CA of the settings."""
+    s = app.settings
+    secret = s.acme_eab_hmac_key.get_secret_value() if s.acme_eab_hmac_key else ""
+    made_with = [s.acme_directory_url, *s.acme_contact, str(s.acme_tos_agreed), s.acme_eab_kid or "", secret]
+    fingerprint = hashlib.sha256("\0".join(made_with).encode()).hexdigest()
+    return Gate(app.db, s.acme_directory_url, app.clock, random.SystemRandom().random, worker_id, fingerprint)
+
+
+def make_bench(app: App, worker_id: str, moved: Callable[[Session], None]) -> Bench:
+    """Return what issuances are made with."""
+    s, accounts = app.settings, make_accounts(app)
     return Bench(
-        app.db, client, accounts, app.sealer, app.clock, random.SystemRandom().random,
-        lambda name: look_up(name, s.dns_resolver), moved,
+        app.db, accounts.client, accounts, make_gate(app, worker_id), s.acme_rate_limits, app.sealer, app.clock,
+        random.SystemRandom().random, lambda name: look_up(name, s.dns_resolver), moved,
     )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from certworker.cli.main import settings_of
 from certworker.cli.output import json_option, print_json
 from certworker.oneshot import Renewal, Watcher
 from certworker.oneshot import renew as run_renewal
-from certworker.steps.issue import Session
 from certworker.steps.renew import Outcome, Ticket
+from certworker.steps.session import Session
 
 
 @click.command()

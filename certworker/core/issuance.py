@@ -3,6 +3,7 @@
     queued → key_ready → order_intent → ordered → published → validating → authorized
            → finalize_intent → finalizing → issued → downloaded → done
     any open state → failed | cancelled
+    an order that died of some of its names → queued, without these
 
 Every act at the CA has a committed state before it and a committed state after it, and every input
 of the act (key, CSR, account, names) is fixed in the row by then. After a crash the CA is asked where
@@ -120,6 +121,23 @@ def to_answer(authorizations: tuple[Authorization, ...]) -> tuple[Challenge, ...
     """Return the challenges the CA has not been told of: a second answer would be an error."""
     challenges = (a.http01() for a in unproved(authorizations))
     return tuple(c for c in challenges if c is not None and c.status is ChallengeStatus.PENDING)
+
+
+_ATTEMPTS = 3
+"""How often the CA may refuse a name before a certificate that still has it is renewed without it."""
+
+
+def may_leave_out(
+    ordered: frozenset[str], refused: frozenset[str], served: frozenset[str], failures: int, *, urgent: bool
+) -> bool:
+    """Say whether to go on without the names that the CA `refused`: a dead name must not block its neighbours.
+
+    A name that the present certificate still serves would lose it: it gets some more tries first, after
+    `failures` of this lineage, unless that certificate is about to end.
+    """
+    if not refused or not refused < ordered:
+        return False
+    return urgent or not refused & served or failures + 1 >= _ATTEMPTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,12 @@
 """Threads that work on issuances.
 
-A worker holds the leases of the issuances it has in flight and keeps them alive together. An issuance
-that waits for the CA holds no thread: it is an entry in a list, until its time or until the responder
-saw the CA fetch its token. A wait that is longer than a lease is given back to the database.
+A worker holds the leases of the issuances it has in flight and keeps them alive together, over a
+connection that nothing else uses. An issuance that waits for the CA holds no thread: it is an entry in
+a list, until its time or until the responder saw the CA fetch its token. A wait that is longer than a
+lease is given back to the database.
+
+Nothing is sent to a CA that could not be recorded: not without a lease that outlives the request, and
+not while the database cannot be written.
 """
 
 import logging
@@ -13,16 +17,25 @@ from datetime import datetime, timedelta
 
 from certworker.core.issuance import State
 from certworker.errors import LeaseLost, StoreError, StoreRefused
-from certworker.steps.issue import LONGEST_HOLD, Bench, Session, advance, give_back, open_session, put_off_bug
-from certworker.store import issuances, workers
+from certworker.steps import trouble
+from certworker.steps.issue import advance
+from certworker.steps.session import Bench, Session, give_back, open_session, read_again
+from certworker.store import issuances, settings_kv, workers
+from certworker.store.database import Database
 from certworker.store.issuances import Issuance
 
 _log = logging.getLogger(__name__)
 
 _MOST_THREADS = 16
 """More only wait for each other: the CA's answers are what takes time, and waiting holds no thread."""
-_POLL = timedelta(seconds=1)
+POLL = timedelta(seconds=1)
 """How often the database is asked for work that nobody announced."""
+_LONGEST_HOLD = timedelta(seconds=30)
+"""A lease is kept through a wait up to this; a longer one is given back."""
+_FENCE = timedelta(seconds=25)
+"""A lease heard of longer ago is made sure of first: what is left of it must outlive a request's 30 s."""
+_STORAGE = (0.2, 10.0)
+"""Seconds between two tries to write to a database that failed: the first and the longest."""
 _DRAIN = timedelta(seconds=8)
 """How long a stop waits for CAs that are validating."""
 _LAST_ACTION = timedelta(seconds=5)
@@ -40,9 +53,14 @@ class Crew:
         concurrency: int,
         only: list[str] | None = None,
         heartbeat: timedelta = issuances.HEARTBEAT,
+        poll: timedelta = POLL,
         may_order: Callable[[], bool] = lambda: True,
+        beaten: Callable[[datetime], object] = lambda _db_now: None,
     ) -> None:
-        """Work on what is due while `may_order`: a CA that looks before a proxy can answer fails the name."""
+        """Work on what is due while `may_order`: a CA that looks before a proxy can answer fails the name.
+
+        `beaten` is told the database's time with every heartbeat.
+        """
         self._bench = bench
         self._worker_id = worker_id
         self._concurrency = concurrency
@@ -57,7 +75,11 @@ class Crew:
         self._cut = threading.Event()
         """Set when nothing more is seen through."""
         self._heartbeat = heartbeat
+        self._poll = poll
         self._may_order = may_order
+        self._beaten = beaten
+        self._reserved = bench.db.reserve()
+        self._storage = _Storage(bench, self._cut)
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -91,12 +113,22 @@ class Crew:
             self._bench.db.write(lambda tx: issuances.free_leases(tx, self._worker_id))
         except StoreError as error:
             _log.warning("leases.not_given_back", extra={"error": str(error)})  # they end by themselves
+        if self._reserved is not self._bench.db:
+            self._reserved.close()
         return ended
 
     def poke(self) -> None:
         """Ask the database for work now: something was queued."""
         with self._changed:
             self._claim_at = None
+            self._changed.notify_all()
+
+    def realign(self) -> None:
+        """Let nobody wait for a time that was another clock's: everything that waits looks now."""
+        with self._changed:
+            self._claim_at = None
+            for session in self._waiting:
+                session.wait_until = self._bench.clock()
             self._changed.notify_all()
 
     def fetched(self, token: str) -> None:
@@ -118,12 +150,13 @@ class Crew:
     def _work(self) -> None:
         while not self._cut.is_set():
             try:
+                if not self._storage.is_well():
+                    continue
                 session = self._next()
                 if session is not None:
                     self._move(session)
             except StoreError as error:
-                _log.warning("issuers.database", extra={"error": str(error)})
-                self._stopping.wait(1)
+                self._storage.failed(error)
             except Exception:  # noqa: BLE001
                 # The thread must outlive whatever it met; the issuance is claimed again when its lease ends.
                 _log.exception("issuers.bug")
@@ -148,36 +181,68 @@ class Crew:
         return None
 
     def _claim(self, now: datetime, room: int) -> None:
-        db, claimed, claim_at = self._bench.db, list[Issuance](), now + _POLL
-        directory_url = self._bench.accounts.directory_url
+        claim_at, sessions = now + self._poll * (0.8 + 0.4 * self._bench.draw()), list[Session]()
         try:
-            claimed = db.write(lambda tx: issuances.claim(tx, self._worker_id, now, room, self._only, directory_url))
-            if len(claimed) < room:
-                upcoming = db.read(lambda tx: issuances.next_attempt_at(tx, self._only, directory_url))
-                claim_at = claim_at if upcoming is None else min(claim_at, max(upcoming, now + _AFTER_FETCH))
-            sessions = [open_session(db, issuance) for issuance in claimed]
+            room = self._admitted(room)
+            if room > 0:
+                sessions = self._take(now, room)
+            if 0 < len(sessions) == room:
+                claim_at = now
+            elif room > 0:
+                claim_at = min(claim_at, self._next_attempt_at(now) or claim_at)
         finally:
             with self._changed:
                 self._claiming = False
                 self._claim_at = claim_at
+                self._waiting.extend(sessions)
                 self._changed.notify_all()
-        with self._changed:
-            self._waiting.extend(sessions)
-            if len(claimed) == room:
-                self._claim_at = None
-            self._changed.notify_all()
+
+    def _admitted(self, room: int) -> int:
+        """Return how many may be claimed: fewer than there is room for while the CA is in trouble."""
+        self._bench.gate.refresh()
+        admitted = self._bench.gate.admits()
+        return 0 if isinstance(admitted, datetime) else min(room, admitted - self.in_flight)
+
+    def _take(self, now: datetime, room: int) -> list[Session]:
+        """Claim up to `room` issuances; one that has killed its workers is set aside at once."""
+        db, kept_at, sessions = self._bench.db, time.monotonic(), []
+        directory_url = self._bench.accounts.directory_url
+        claimed: list[Issuance] = db.write(
+            lambda tx: issuances.claim(tx, self._worker_id, now, room, self._only, directory_url)
+        )
+        for issuance in claimed:
+            session = open_session(db, issuance)
+            session.kept_at = kept_at
+            if issuance.crashes >= trouble.MOST_CRASHES:
+                _log.error("issuance.quarantined", extra={"issuance": issuance.id, "state": issuance.state})
+                trouble.quarantine(self._bench, session)
+            else:
+                sessions.append(session)
+        return sessions
+
+    def _next_attempt_at(self, now: datetime) -> datetime | None:
+        directory_url = self._bench.accounts.directory_url
+        upcoming = self._bench.db.read(lambda tx: issuances.next_attempt_at(tx, self._only, directory_url))
+        return None if upcoming is None else max(upcoming, now + _AFTER_FETCH)
 
     def _move(self, session: Session) -> None:
         """Move one session until it waits or ends."""
         kept = False
         try:
-            while session.issuance.is_open and self._goes_on(session):
+            if session.unsure:
+                read_again(self._bench, session)
+            while session.issuance.is_open and session.issuance.lease_owner is not None and self._goes_on(session):
+                self._make_sure(session)
                 self._advance(session)
                 if session.wait_until is not None:
                     break
             kept = self._keeps(session)
         except LeaseLost as error:
             _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id, "error": str(error)})
+        except StoreError:
+            # Whether the last write was committed shows when the database is back.
+            session.unsure, session.wait_until, kept = True, None, True
+            raise
         finally:
             with self._changed:
                 self._in_work.remove(session)
@@ -185,23 +250,30 @@ class Crew:
                     self._waiting.append(session)
                 self._changed.notify_all()
 
+    def _make_sure(self, session: Session) -> None:
+        """Raise LeaseLost unless the lease outlives a request to the CA, whatever held us up."""
+        if time.monotonic() - session.kept_at <= _FENCE.total_seconds():
+            return
+        if session.issuance.id not in self._extend(self._bench.db, [session]):
+            raise LeaseLost(f"issuance {session.issuance.id} belongs to another worker now, so nothing more is sent")
+
     def _advance(self, session: Session) -> None:
         try:
             advance(self._bench, session)
         except StoreRefused as error:
             _log.exception("issuance.refused", extra={"issuance": session.issuance.id})
-            put_off_bug(self._bench, session, f"{error} in state {session.issuance.state}")
+            trouble.put_off_bug(self._bench, session, f"{error} in state {session.issuance.state}")
         except (LeaseLost, StoreError):
             raise
         except Exception as error:  # noqa: BLE001 - one strange issuance must not stop the others
             _log.exception("issuance.bug", extra={"issuance": session.issuance.id})
-            put_off_bug(self._bench, session, f"{type(error).__name__} in state {session.issuance.state}")
+            trouble.put_off_bug(self._bench, session, f"{type(error).__name__} in state {session.issuance.state}")
 
     def _keeps(self, session: Session) -> bool:
         """Say whether the session stays with this worker; one that waits for long is given back."""
         if not session.issuance.is_open or session.issuance.lease_owner is None or session.wait_until is None:
             return False
-        if session.wait_until - self._bench.clock() <= LONGEST_HOLD:
+        if session.wait_until - self._bench.clock() <= _LONGEST_HOLD:
             return True
         give_back(self._bench, session, session.wait_until)
         return False
@@ -210,7 +282,9 @@ class Crew:
         while not self._cut.wait(self._heartbeat.total_seconds()):
             try:
                 self._extend_leases()
-                self._bench.db.write(lambda tx: workers.beat(tx, self._worker_id))
+                db_now = self._reserved.write(lambda tx: workers.beat(tx, self._worker_id))
+                if db_now is not None:
+                    self._beaten(db_now)
             except StoreError as error:
                 _log.warning("leases.database", extra={"error": str(error)})
             except Exception:  # noqa: BLE001 - without this thread every lease would run out
@@ -223,13 +297,21 @@ class Crew:
         """
         with self._changed:
             sessions = [*self._in_work, *self._waiting]
-        ids = [session.issuance.id for session in sessions]
-        held = self._bench.db.write(lambda tx: issuances.extend_leases(tx, self._worker_id, ids))
+        kept = self._extend(self._reserved, sessions)
         with self._changed:
             for session in sessions:
-                if held.get(session.issuance.id) != session.issuance.lease_token and session in self._waiting:
+                if session.issuance.id not in kept and session in self._waiting and not session.unsure:
                     _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id})
                     self._waiting.remove(session)
+
+    def _extend(self, db: Database, sessions: list[Session]) -> set[str]:
+        """Extend the leases of these sessions; return the ids of those that are still ours."""
+        asked_at, ids = time.monotonic(), [session.issuance.id for session in sessions]
+        held = db.write(lambda tx: issuances.extend_leases(tx, self._worker_id, ids))
+        ours = [session for session in sessions if held.get(session.issuance.id) == session.issuance.lease_token]
+        for session in ours:
+            session.kept_at = asked_at
+        return {session.issuance.id for session in ours}
 
     def _goes_on(self, session: Session) -> bool:
         """Say whether a session is moved: while stopping, only what the CA is validating."""
@@ -247,7 +329,7 @@ class Crew:
         moments = [self._until(session) for session in self._waiting if self._goes_on(session)]
         if self._claim_at is not None and not self._claiming:
             moments.append(self._claim_at)
-        longest = now + _POLL
+        longest = now + POLL
         return max(min([*moments, longest]) - now, timedelta(milliseconds=1))
 
     def _validating(self) -> bool:
@@ -259,3 +341,40 @@ class Crew:
 
 def _is_validating(session: Session) -> bool:
     return session.issuance.state in (State.PUBLISHED, State.VALIDATING)
+
+
+class _Storage:
+    """Whether the database can be written, asked by every thread before it does anything."""
+
+    def __init__(self, bench: Bench, cut: threading.Event) -> None:
+        self._bench = bench
+        self._cut = cut
+        self._lock = threading.Lock()
+        self._failures = 0
+
+    def failed(self, error: StoreError) -> None:
+        """Note that it could not be used; one line in the log for each outage."""
+        with self._lock:
+            if not self._failures:
+                _log.warning("issuers.database", extra={"error": str(error)})
+            self._failures += 1
+
+    def is_well(self) -> bool:
+        """Say whether to go on; after a failure only when something could be written, tried ever more rarely."""
+        if not self._failures:
+            return True
+        first, longest = _STORAGE
+        with self._lock:  # one thread tries, the others wait for what it finds
+            if self._failures and not self._cut.wait(min(first * 2 ** min(self._failures, 10), longest)):
+                self._try()
+            return not self._failures
+
+    def _try(self) -> None:
+        now = self._bench.clock().isoformat()
+        try:
+            self._bench.db.write(lambda tx: settings_kv.put(tx, settings_kv.WRITTEN_AT, now))
+        except StoreError:
+            self._failures += 1
+        else:
+            _log.info("issuers.database_back")
+            self._failures = 0

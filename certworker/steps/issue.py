@@ -7,29 +7,35 @@ wait for the CA.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
 from certworker.ca import csr
-from certworker.ca.client import Account, Client
+from certworker.ca.client import Account
 from certworker.ca.problems import classify
-from certworker.clock import Clock
+from certworker.core.budget import charges_of_order
 from certworker.core.certificate import Chain, check_chain
 from certworker.core.issuance import POLLING, REST, Action, State, next_action, to_answer, unproved, wait_for
-from certworker.core.order import Authorization, AuthorizationStatus, Order, OrderStatus
+from certworker.core.names import names_hash
+from certworker.core.order import Authorization, OrderStatus
 from certworker.core.renewal import plan_renewal
-from certworker.core.retry import Endpoint, ErrorClass, Failure, classify_order, retry_at
+from certworker.core.retry import Endpoint, ErrorClass, Failure, classify_order, names_refused
 from certworker.errors import AccountGone, AnswerFault, CaError, ChainRefused, InputError, SealError
-from certworker.steps.register import Accounts
-from certworker.store import certificates, challenges, issuances, lineages
-from certworker.store.database import Database
+from certworker.steps import trouble
+from certworker.steps.session import Bench, Session, account_of, cancel, give_back, record
+from certworker.store import budget, certificates, challenges, issuances, lineages, renewal_info
+from certworker.store.budget import Refusal
 from certworker.store.issuances import Issuance
-from certworker.store.lineages import Lineage
-from certworker.store.seal import Sealer
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
+
+_KEY_UNUSABLE = "mend the row or the setting that it names; then `certworker renew`"
+_ROLLOVER = timedelta(seconds=1)
+"""How often an issuance looks whether its account's key change is done."""
+_ORDER_LIFE = timedelta(days=7)
+"""When an order expires whose CA does not say so (RFC 8555 §7.1.3 has it optional)."""
 
 _ENDPOINTS = {
     Action.INTEND_ORDER: Endpoint.NEW_ACCOUNT,
@@ -43,44 +49,6 @@ _ENDPOINTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What an issuance is made with."""
-
-    db: Database
-    client: Client
-    accounts: Accounts
-    sealer: Sealer
-    clock: Clock
-    draw: Callable[[], float]
-    """Uniform in [0, 1): spreads retries."""
-    look_up: Callable[[str], object]
-    """What DNS says of a name, as text: for the hint after a failed validation."""
-    moved: Callable[["Session"], None]
-    """Told after every commit, for logs and progress; must not raise."""
-
-
-@dataclass(slots=True)
-class Session:
-    """A claimed issuance in work: the committed row, and what the CA said since it was claimed."""
-
-    issuance: Issuance
-    lineage: Lineage
-    order: Order | None = None
-    """None: look first."""
-    authorizations: tuple[Authorization, ...] | None = None
-    looks: int = 0
-    """How often the CA was busy in a row."""
-    wait_until: datetime | None = None
-    """Set by `advance`: nothing to do before."""
-
-    @property
-    def tokens(self) -> list[str]:
-        """The tokens that the CA fetches while this issuance waits."""
-        offered = (a.http01() for a in self.authorizations or ())
-        return [challenge.token for challenge in offered if challenge is not None]
-
-
 def advance(bench: Bench, session: Session) -> None:
     """Take the next action of an open issuance; afterwards it is closed, waits, or has moved.
 
@@ -88,17 +56,26 @@ def advance(bench: Bench, session: Session) -> None:
     """
     session.wait_until = None
     before = session.issuance
-    action = next_action(State(session.issuance.state), session.order)
+    action = next_action(State(before.state), session.order)
+    doing = _ENDPOINTS.get(action)
+    if doing is not None and bench.gate.closed_until() is not None:
+        # Nothing is asked of this CA now; it is claimed again when it may be.
+        give_back(bench, session, bench.clock())
+        return
     try:
         _ACTS[action](bench, session)
-    except AccountGone as error:
-        _fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:account-gone", str(error), _ACCOUNT_GONE))
+    except AccountGone as gone:
+        trouble.give_up_account(bench, session, gone)
     except (InputError, SealError) as error:
-        _fail(bench, session, Failure(ErrorClass.ACTION_REQUIRED, "certworker:key", str(error), _KEY_UNUSABLE))
+        unusable = Failure(ErrorClass.ACTION_REQUIRED, "certworker:key", str(error), _KEY_UNUSABLE)
+        trouble.fail(bench, session, unusable)
     except ChainRefused as error:
-        _refuse_chain(bench, session, classify(error, Endpoint.CERTIFICATE))
+        trouble.refuse_chain(bench, session, classify(error, Endpoint.CERTIFICATE))
     except CaError as error:
-        _meet(bench, session, classify(error, _ENDPOINTS.get(action, Endpoint.ORDER)))
+        trouble.meet(bench, session, error, doing or Endpoint.ORDER)
+    else:
+        if doing is not None and action is not Action.INTEND_ORDER:
+            bench.gate.succeeded()
     if session.issuance is not before:
         bench.moved(session)
 
@@ -107,72 +84,133 @@ def advance(bench: Bench, session: Session) -> None:
 
 
 def _make_key(bench: Bench, session: Session) -> None:
+    names = session.issuance.dns_names or _names_to_order(bench, session)
     key = csr.make_key(session.lineage.key_type)
     sealed = bench.sealer.seal(csr.key_to_pem(key), table="issuances", column="key_pem", row_id=session.issuance.id)
-    _record(
-        bench, session, State.KEY_READY, key_pem=sealed, csr_der=csr.make_csr(key, session.lineage.dns_names),
-        spki_sha256=csr.spki_sha256(key.public_key()),
+    record(
+        bench, session, State.KEY_READY, key_pem=sealed, csr_der=csr.make_csr(key, names),
+        spki_sha256=csr.spki_sha256(key.public_key()), dns_names=names, names_hash=names_hash(names),
     )  # fmt: skip
+
+
+def _names_to_order(bench: Bench, session: Session) -> list[str]:
+    """Return the names that are wanted, but for those that were refused and whose next try is later."""
+    now, names = bench.clock(), session.lineage.dns_names
+    if len(names) == 1:
+        return names
+    left_out = bench.db.read(lambda tx: lineages.left_out(tx, session.lineage.id))
+    later = {name.dns_name for name in left_out if name.probe_at > now}
+    return [name for name in names if name not in later]
 
 
 def _intend_order(bench: Bench, session: Session) -> None:
     if not _still_wanted(bench, session):
         return
     account_id, _ = bench.accounts.default()
-    _record(bench, session, State.ORDER_INTENT, account_id=account_id)
+    informs = bench.client.directory().renewal_info is not None
+    try:
+        intended = bench.db.write(lambda tx: _intend(tx, bench, session, account_id, informs))
+    except _SameNames:
+        trouble.await_same_names(bench, session)
+        return
+    if isinstance(intended, Refusal):
+        trouble.await_budget(bench, session, intended)
+    else:
+        session.issuance = intended
+
+
+class _SameNames(Exception):
+    """Another issuance orders the same names: what was debited for this one is rolled back."""
+
+
+def _intend(tx: Connection, bench: Bench, session: Session, account_id: str, informs: bool) -> Issuance | Refusal:
+    """Debit the rate ledger and fix everything that the order says, in one transaction."""
+    row, now = session.issuance, bench.clock()
+    if (recorded := issuances.find_recorded(tx, row, State.ORDER_INTENT)) is not None:
+        return recorded
+    assert row.names_hash is not None
+    replaces = renewal_info.find_replaceable(tx, session.lineage.id, account_id, now) if informs else None
+    urgent = session.is_urgent(now)
+    charges = charges_of_order(
+        bench.limits, session.dns_names, row.names_hash, urgent=urgent, replaces=replaces,
+        renewal=_is_renewal(tx, session),
+    )  # fmt: skip
+    refusal = budget.spend(tx, session.lineage.directory_url, charges, account_id, now)
+    if refusal is not None:
+        return refusal
+    # Every order of these names waits for the same bucket's row: what is committed is all there is.
+    if issuances.is_ordering(tx, row.names_hash, account_id, row.id):
+        raise _SameNames
+    return issuances.record(
+        tx, row, now, state=State.ORDER_INTENT, account_id=account_id, replaces=replaces, urgent=urgent,
+        failures=0, error=None,
+    )  # fmt: skip
+
+
+def _is_renewal(tx: Connection, session: Session) -> bool:
+    """Say whether one certificate had all these names before."""
+    present = certificates.find_of_lineage(tx, session.lineage.id)
+    return present is not None and set(session.dns_names) <= set(present.dns_names or ())
 
 
 def _place_order(bench: Bench, session: Session) -> None:
     if not _still_wanted(bench, session):
         return
-    profile = session.lineage.profile or None
-    order = bench.client.new_order(_account(bench, session), session.lineage.dns_names, profile)
-    _record(
+    profile, replaces = session.lineage.profile or None, session.issuance.replaces
+    order = bench.client.new_order(account_of(bench, session), session.dns_names, profile, replaces)
+    record(
         bench, session, State.ORDERED, order_url=order.url, finalize_url=order.finalize_url,
-        order_expires_at=order.expires_at,
+        order_expires_at=order.expires_at or bench.clock() + _ORDER_LIFE,
     )  # fmt: skip
     session.order = order
 
 
 def _look(bench: Bench, session: Session) -> None:
     assert session.issuance.order_url is not None
-    session.order = bench.client.fetch_order(_account(bench, session), session.issuance.order_url)
+    session.order = bench.client.fetch_order(account_of(bench, session), session.issuance.order_url)
 
 
 def _publish_challenges(bench: Bench, session: Session) -> None:
-    account = _account(bench, session)
-    session.authorizations = _fetch_authorizations(bench, session, account)
+    session.authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
     offers = [(a, _token_of(a)) for a in unproved(session.authorizations)]
-    now = bench.clock()
+    now, account_id = bench.clock(), session.issuance.account_id or ""
 
-    def publish(tx: Connection) -> Issuance:
+    def publish(tx: Connection) -> Issuance | None:
+        key = bench.accounts.publishing_key(tx, account_id)
+        if key is None:
+            return None
         for authorization, token in offers:
             challenges.publish(
                 tx, session.issuance.id, authorization.url, authorization.dns_name, token,
-                account.key.key_authorization(token), now,
+                key.key_authorization(token), now,
             )  # fmt: skip
         return issuances.record(tx, session.issuance, now, state=State.PUBLISHED)
 
-    session.issuance = bench.db.write(publish)
+    published = bench.db.write(publish)
+    if published is None:
+        # The account's key is being changed: the CA would compare with the new one.
+        session.wait_until = now + _ROLLOVER
+    else:
+        session.issuance = published
 
 
 def _answer_challenges(bench: Bench, session: Session) -> None:
-    account = _account(bench, session)
+    account = account_of(bench, session)
     if session.authorizations is None:
         session.authorizations = _fetch_authorizations(bench, session, account)
     for challenge in to_answer(session.authorizations):
         bench.client.answer_challenge(account, challenge.url)
-    _record(bench, session, State.VALIDATING)
+    record(bench, session, State.VALIDATING)
     _wait(bench, session)
 
 
 def _note_authorized(bench: Bench, session: Session) -> None:
     session.looks = 0
-    _record(bench, session, State.AUTHORIZED)
+    record(bench, session, State.AUTHORIZED)
 
 
 def _intend_finalize(bench: Bench, session: Session) -> None:
-    _record(bench, session, State.FINALIZE_INTENT)
+    record(bench, session, State.FINALIZE_INTENT)
 
 
 def _finalize(bench: Bench, session: Session) -> None:
@@ -180,10 +218,10 @@ def _finalize(bench: Bench, session: Session) -> None:
     assert order is not None
     assert row.csr_der is not None
     finalize_url = row.finalize_url or order.finalize_url
-    session.order = bench.client.finalize(_account(bench, session), finalize_url, row.csr_der, order.url)
+    session.order = bench.client.finalize(account_of(bench, session), finalize_url, row.csr_der, order.url)
     if row.state == State.FINALIZE_INTENT:
         session.looks = 0
-        _record(bench, session, State.FINALIZING)
+        record(bench, session, State.FINALIZING)
     if session.order.status is OrderStatus.READY:
         _wait(bench, session)  # it took no notice; the next look says whether to finalize again
 
@@ -192,16 +230,16 @@ def _note_issued(bench: Bench, session: Session) -> None:
     assert session.order is not None
     if session.order.certificate_url is None:
         raise AnswerFault(session.order.url, "the order is valid but names no certificate")
-    _record(bench, session, State.ISSUED, certificate_url=session.order.certificate_url)
+    record(bench, session, State.ISSUED, certificate_url=session.order.certificate_url)
 
 
 def _download(bench: Bench, session: Session) -> None:
     url = session.issuance.certificate_url
     assert url is not None
-    text = bench.client.fetch_chain(_account(bench, session), url)
+    text = bench.client.fetch_chain(account_of(bench, session), url)
     chain = _check(session, text, bench.clock())
     leaf = chain.leaf
-    _record(
+    record(
         bench, session, State.DOWNLOADED, chain_pem=chain.pem, serial=leaf.serial, fingerprint=leaf.fingerprint,
         not_before=leaf.validity.not_before, not_after=leaf.validity.not_after,
     )  # fmt: skip
@@ -215,20 +253,23 @@ def _activate(bench: Bench, session: Session) -> None:
     chain = _check(session, chain_pem, now)
     plain = bench.sealer.open(key_pem, table="issuances", column="key_pem", row_id=session.issuance.id)
     session.issuance = bench.db.write(lambda tx: _switch(tx, bench, session, chain, plain, now))
+    bench.gate.issued()
 
 
 def _switch(tx: Connection, bench: Bench, session: Session, chain: Chain, key_pem: str, now: datetime) -> Issuance:
     """Let the new certificate serve: certificate, lineage, policies, issuance and audit in one transaction."""
     row, lineage = session.issuance, lineages.lock(tx, session.lineage.id)
+    if (recorded := issuances.find_recorded(tx, row, State.DONE)) is not None:
+        return recorded
     if lineage is None or not lineages.is_linked(tx, lineage.id):
-        return _cancel(tx, session, now)
+        return cancel(tx, session, now)
     closed = issuances.close(tx, row, State.DONE, now, error=None)
     challenges.withdraw(tx, row.id)
     certificate_id = certificates.id_for_lineage(tx, lineage.id)
     # Counted from now, or a certificate that arrives half used would be renewed at once, again and again.
     usable = chain.leaf.validity.usable_from(now)
     lineages.record_certificate(
-        tx, lineage.id, certificate_id=certificate_id, issuance_id=row.id, validity=usable,
+        tx, lineage.id, certificate_id=certificate_id, issuance_id=row.id, leaf=chain.leaf, usable=usable,
         renew_at=plan_renewal(usable, lineage.id), now=now,
     )  # fmt: skip
     sealed = bench.sealer.seal(key_pem, table="certificates", column="key_pem", row_id=certificate_id)
@@ -244,8 +285,9 @@ def _wait(bench: Bench, session: Session) -> None:
     expires_at = session.issuance.order_expires_at
     now = bench.clock()
     if expires_at is not None and expires_at <= now:
-        _fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", "the CA never finished the "
-              "order before it expired", "a new order is made; ask the CA if this lasts"))  # fmt: skip
+        detail = "the CA never finished the order before it expired"
+        hint = "a new order is made; ask the CA if this lasts"
+        trouble.fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", detail, hint))
         return
     wait = wait_for(retry_after, session.looks)
     session.wait_until = now + (wait if now - session.issuance.state_at < POLLING else max(wait, REST))
@@ -255,13 +297,13 @@ def _wait(bench: Bench, session: Session) -> None:
 
 def _explain_failure(bench: Bench, session: Session) -> None:
     assert session.order is not None
-    authorizations = _fetch_authorizations(bench, session, _account(bench, session))
+    authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
     failure = classify_order(session.order, authorizations)
+    refused = names_refused(session.dns_names, session.order, authorizations)
     if failure.error_class is ErrorClass.VALIDATION:
-        refused = next((a.dns_name for a in authorizations if a.status is AuthorizationStatus.INVALID), None)
-        name = refused or session.lineage.dns_names[0]
+        name = next(iter(sorted(refused)), session.dns_names[0])
         failure = replace(failure, hint=f"{failure.hint}; seen from here, {name}: {bench.look_up(name)}")
-    _fail(bench, session, failure)
+    trouble.fail(bench, session, failure, refused)
 
 
 _ACTS: dict[Action, Callable[[Bench, Session], None]] = {
@@ -285,32 +327,13 @@ _ACTS: dict[Action, Callable[[Bench, Session], None]] = {
 # -- what actions share -------------------------------------------------------------------------------
 
 
-def _record(bench: Bench, session: Session, state: State, **values: object) -> None:
-    now = bench.clock()
-    session.issuance = bench.db.write(
-        lambda tx: issuances.record(tx, session.issuance, now, state=state, failures=0, error=None, **values)
-    )
-
-
 def _still_wanted(bench: Bench, session: Session) -> bool:
     """Say whether to order; what nobody wants any more is closed before it costs anything."""
     if bench.db.read(lambda tx: lineages.is_wanted(tx, session.lineage.id)):
         return True
     now = bench.clock()
-    session.issuance = bench.db.write(lambda tx: _cancel(tx, session, now))
+    session.issuance = bench.db.write(lambda tx: cancel(tx, session, now))
     return False
-
-
-def _cancel(tx: Connection, session: Session, now: datetime) -> Issuance:
-    challenges.withdraw(tx, session.issuance.id)
-    # The scan takes it out, or queues it anew if somebody wants it again.
-    lineages.set_next_check(tx, session.lineage.id, now, now)
-    return issuances.close(tx, session.issuance, State.CANCELLED, now)
-
-
-def _account(bench: Bench, session: Session) -> Account:
-    """Return the account the order is made with; AccountGone if another program has deleted it."""
-    return bench.accounts.get(session.issuance.account_id or "")
 
 
 def _fetch_authorizations(bench: Bench, session: Session, account: Account) -> tuple[Authorization, ...]:
@@ -332,107 +355,4 @@ def _token_of(authorization: Authorization) -> str:
 def _check(session: Session, chain_pem: str, now: datetime) -> Chain:
     spki = session.issuance.spki_sha256
     assert spki is not None
-    return check_chain(chain_pem, spki_sha256=spki, dns_names=session.lineage.dns_names, now=now)
-
-
-# -- trouble ------------------------------------------------------------------------------------------
-
-_GOES_ON = (ErrorClass.TRANSIENT, ErrorClass.RATE_LIMITED)
-_KEY_UNUSABLE = "mend the row or the setting that it names; then `certworker renew`"
-_ACCOUNT_UNKNOWN = "urn:ietf:params:acme:error:accountDoesNotExist"
-_ACCOUNT_GONE = "a new order is made with the account that is used now; see acme_accounts"
-_ENDS_ORDER = ("certworker:order-lost", "certworker:order-expired")
-
-
-def _meet(bench: Bench, session: Session, failure: Failure) -> None:
-    """Record trouble; a CA that cannot be asked for the account either is trouble of its own."""
-    try:
-        _record_trouble(bench, session, failure)
-    except CaError as error:
-        _put_off(bench, session, classify(error, Endpoint.ACCOUNT))
-
-
-def _record_trouble(bench: Bench, session: Session, failure: Failure) -> None:
-    """Keep the issuance and try the same action later, or close it if that cannot help."""
-    if failure.type == _ACCOUNT_UNKNOWN and bench.accounts.recover(session.issuance.account_id or ""):
-        _fail(bench, session, replace(failure, error_class=ErrorClass.TRANSIENT, hint=_ACCOUNT_GONE))
-        return
-    if failure.error_class in _GOES_ON and failure.type not in _ENDS_ORDER:
-        _put_off(bench, session, failure)
-    else:
-        _fail(bench, session, failure)
-
-
-def _refuse_chain(bench: Bench, session: Session, failure: Failure) -> None:
-    """A wrong chain is downloaded once more, in case it was damaged on the way; then the CA means it."""
-    if (session.issuance.error or {}).get("type") != failure.type:
-        _put_off(bench, session, replace(failure, error_class=ErrorClass.TRANSIENT))
-    else:
-        _fail(bench, session, failure)
-
-
-def _put_off(bench: Bench, session: Session, failure: Failure) -> None:
-    now, failures = bench.clock(), session.issuance.failures + 1
-    attempt_at = retry_at(failure, failures, now, bench.draw())
-    error = describe(failure, now, attempt_at)
-
-    def put_off(tx: Connection) -> Issuance:
-        released = issuances.release(tx, session.issuance, attempt_at, now, failures=failures, error=error)
-        lineages.record_error(tx, session.lineage.id, error, now)
-        return released
-
-    session.issuance = bench.db.write(put_off)
-    session.wait_until = attempt_at
-
-
-def _fail(bench: Bench, session: Session, failure: Failure) -> None:
-    """Close the issuance; the lineage tries anew with another one, when the failure's class says."""
-    now = bench.clock()
-
-    def fail(tx: Connection) -> Issuance:
-        lineage = lineages.lock(tx, session.lineage.id) or session.lineage
-        failures = lineage.failures + 1
-        next_check_at = retry_at(failure, failures, now, bench.draw())
-        error = describe(failure, now, next_check_at)
-        closed = issuances.close(tx, session.issuance, State.FAILED, now, error=error)
-        challenges.withdraw(tx, session.issuance.id)
-        lineages.record_failure(tx, lineage.id, error, failures=failures, next_check_at=next_check_at, now=now)
-        return closed
-
-    session.issuance = bench.db.write(fail)
-
-
-def put_off_bug(bench: Bench, session: Session, said: str) -> None:
-    """Put an issuance off that met a fault of our own, so that it neither spins nor blocks the others."""
-    hint = "this is a bug in certworker: see the log, and report it"
-    _put_off(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:bug", said, hint))
-
-
-def describe(failure: Failure, now: datetime, retry_at_: datetime | None) -> dict[str, str | None]:
-    """Return a failure as it is kept in `error` columns and shown by `status`."""
-    return {
-        "class": failure.error_class.value, "type": failure.type, "detail": failure.detail, "hint": failure.hint,
-        "at": _shown(now), "retry_at": None if retry_at_ is None else _shown(retry_at_),
-        "asked_by": None if failure.retry_after is None else "ca",
-    }  # fmt: skip
-
-
-def _shown(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds")
-
-
-def open_session(db: Database, issuance: Issuance) -> Session:
-    """Return a claimed issuance ready for `advance`."""
-    lineage = db.read(lambda tx: lineages.find(tx, issuance.lineage_id))
-    assert lineage is not None, "issuances.lineage_id is a foreign key"
-    return Session(issuance, lineage)
-
-
-LONGEST_HOLD = timedelta(seconds=30)
-"""A lease is kept through a wait up to this; a longer one is given back."""
-
-
-def give_back(bench: Bench, session: Session, attempt_at: datetime) -> None:
-    """Release an issuance that waits for the CA; whoever claims it next looks first."""
-    now = bench.clock()
-    session.issuance = bench.db.write(lambda tx: issuances.release(tx, session.issuance, attempt_at, now))
+    return check_chain(chain_pem, spki_sha256=spki, dns_names=session.dns_names, now=now)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from certworker.clock import Clock
 from certworker.core.issuance import State
 from certworker.core.names import check_name
-from certworker.core.renewal import Reason, Renew, decide_renewal
+from certworker.core.renewal import Decision, Reason, Renew
 from certworker.errors import UnknownName
 from certworker.steps import scan
 from certworker.store import certificates, issuances, lineages, policies
@@ -106,7 +106,7 @@ def request(
         return _request_due(db, clock, force=force, dry_run=dry_run)
     wanted = [check_name(name, private_ca=private_ca) for name in names]
     found = db.read(lambda tx: _find(tx, wanted))
-    return _request(db, clock, found, force=force, dry_run=dry_run)
+    return _request(db, clock, found, force=force, dry_run=dry_run, named=True)
 
 
 def outcome(db: Database, ticket: Ticket, *, has_nodes: bool) -> Outcome:
@@ -174,7 +174,9 @@ def _request_due(db: Database, clock: Clock, *, force: bool, dry_run: bool) -> R
     return asked
 
 
-def _request(db: Database, clock: Clock, found: list[Lineage], *, force: bool, dry_run: bool) -> Request:
+def _request(
+    db: Database, clock: Clock, found: list[Lineage], *, force: bool, dry_run: bool, named: bool = False
+) -> Request:
     now = clock()
     asked = Request()
 
@@ -183,7 +185,10 @@ def _request(db: Database, clock: Clock, found: list[Lineage], *, force: bool, d
         asked.would_renew.clear()
         asked.unchanged = 0
         for lineage in found:
-            _request_one(tx, lineage, asked, now, force=force, dry_run=dry_run)
+            if not dry_run:
+                lineages.lock(tx, lineage.id)  # the service's scan may be about to queue it
+            decision = _decide(tx, lineage, now, force=force, named=named, dry_run=dry_run)
+            _request_one(tx, lineage, asked, now, decision, dry_run=dry_run)
 
     if dry_run:
         db.read(queue_all)
@@ -192,14 +197,21 @@ def _request(db: Database, clock: Clock, found: list[Lineage], *, force: bool, d
     return asked
 
 
+def _decide(tx: Connection, lineage: Lineage, now: datetime, *, force: bool, named: bool, dry_run: bool) -> Decision:
+    """Decide as the scan does, but for what a person asked: all, or every name of a certificate that lacks some."""
+    decision = scan.decide(tx, lineage, now)
+    if (force or named) and lineages.left_out(tx, lineage.id):
+        if not dry_run:
+            lineages.probe_now(tx, lineage.id, now)
+        return decision if isinstance(decision, Renew) else Renew(Reason.NAMES_MISSING)
+    return Renew(Reason.FORCED) if force and not isinstance(decision, Renew) else decision
+
+
 def _request_one(
-    tx: Connection, lineage: Lineage, asked: Request, now: datetime, *, force: bool, dry_run: bool
+    tx: Connection, lineage: Lineage, asked: Request, now: datetime, decision: Decision, *, dry_run: bool
 ) -> None:
-    if not dry_run:
-        lineages.lock(tx, lineage.id)  # the service's scan may be about to queue it
     open_one = issuances.find_open(tx, lineage.id)
-    decision = decide_renewal(now, lineage.validity, lineage.renew_at)
-    if open_one is None and not force and not isinstance(decision, Renew):
+    if open_one is None and not isinstance(decision, Renew):
         asked.unchanged += 1
         return
     reason = decision.reason if isinstance(decision, Renew) else Reason.FORCED
@@ -210,15 +222,15 @@ def _request_one(
         _hurry(tx, open_one, now)
         issuance_id = open_one.id
     else:
-        queued = scan.queue(tx, lineage.id, reason, now)
+        queued = scan.queue(tx, lineage, reason, now)
         assert queued is not None, "there is no open one"
         issuance_id = queued
     asked.tickets.append(Ticket(lineage.id, tuple(lineage.dns_names), issuance_id))
 
 
 def _hurry(tx: Connection, issuance: Issuance, now: datetime) -> None:
-    """A person asked: do not wait out our own back-off. The CA's wish to wait stands."""
-    if issuance.error is None or issuance.error.get("asked_by") != "ca":
+    """A person asked: do not wait out our own back-off. The CA's wish to wait and the rate ledger stand."""
+    if issuance.error is None or issuance.error.get("asked_by") is None:
         issuances.bring_forward(tx, issuance.id, now)
 
 

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.core.renewal import Reason, Renew, decide_renewal
+from certworker.core.renewal import Decision, Reason, Renew, Wait, decide_renewal, is_urgent
 from certworker.store import issuances, lineages, settings_kv
 from certworker.store.database import Database
 from certworker.store.lineages import Lineage
@@ -46,14 +46,26 @@ def _scan_one(tx: Connection, lineage: Lineage, now: datetime) -> bool:
     if not lineages.is_wanted(tx, lineage.id):
         lineages.set_next_check(tx, lineage.id, None, now)
         return False
-    decision = decide_renewal(now, lineage.validity, lineage.renew_at)
+    decision = decide(tx, lineage, now)
     if not isinstance(decision, Renew):
         lineages.set_next_check(tx, lineage.id, decision.until, now)
         return False
-    return queue(tx, lineage.id, decision.reason, now) is not None
+    return queue(tx, lineage, decision.reason, now) is not None
 
 
-def queue(tx: Connection, lineage_id: str, reason: Reason, now: datetime) -> str | None:
+def decide(tx: Connection, lineage: Lineage, now: datetime) -> Decision:
+    """Say whether a lineage is due: for its certificate's age, or for a name that it has to try again."""
+    suggested = lineage.window_start is not None
+    decision = decide_renewal(now, lineage.validity, lineage.renew_at, suggested=suggested)
+    if isinstance(decision, Renew) or len(lineage.dns_names) == 1:
+        return decision
+    probes = [name.probe_at for name in lineages.left_out(tx, lineage.id)]
+    if not probes:
+        return decision
+    return Renew(Reason.NAMES_MISSING) if min(probes) <= now else Wait(min(decision.until, *probes))
+
+
+def queue(tx: Connection, lineage: Lineage, reason: Reason, now: datetime) -> str | None:
     """Queue an issuance unless one is open; return its id."""
-    lineages.set_next_check(tx, lineage_id, now + LOOK_AGAIN, now)
-    return issuances.queue(tx, lineage_id, reason, now)
+    lineages.set_next_check(tx, lineage.id, now + LOOK_AGAIN, now)
+    return issuances.queue(tx, lineage.id, reason, now, urgent=is_urgent(now, lineage.validity))

@@ -3,13 +3,16 @@
 A claim is a lease with a fencing token. The lease is the database's time, so that workers with
 different clocks agree; the token only ever grows, every later write names it, and a write whose row
 has moved on raises LeaseLost. What is *due* is the injected clock's.
+
+`Database.write` may run a function twice when the answer to its COMMIT was lost. `record` finds then what
+it wrote before; a function that writes more than the issuance asks `find_recorded` first.
 """
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Select, exists, literal, or_, select, text, update
+from sqlalchemy import Connection, Select, TextClause, case, exists, literal, or_, select, text, update
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
@@ -22,6 +25,7 @@ HEARTBEAT = timedelta(seconds=15)
 
 _OPEN = text(f"issuances.{OPEN_STATE}")
 """Word for word as in the partial indexes, or SQLite reads the whole history instead."""
+_URGENT_OPEN = text(f"issuances.urgent AND issuances.{OPEN_STATE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +58,29 @@ class Issuance:
     """How often it was claimed: one that kills its worker again and again shows here."""
     created_at: datetime
     closed_at: datetime | None
-    serial: str | None = None
-    fingerprint: str | None = None
+    serial: str | None
+    fingerprint: str | None
+    dns_names: list[str] | None
+    """What is ordered, fixed with the CSR; None before."""
+    names_hash: str | None
+    replaces: str | None
+    """Renewal id of the certificate that the order says it replaces (RFC 9773 §5)."""
+    urgent: bool
+    """The certificate that serves is about to end: goes first, and may use the reserve of the rate ledger."""
+    crashes: int
+    """How many workers in a row have died of it, or lost it, without moving it."""
 
     @property
     def is_open(self) -> bool:
         return State(self.state) not in CLOSED
 
 
-def queue(tx: Connection, lineage_id: str, reason: str, now: datetime) -> str | None:
+def queue(tx: Connection, lineage_id: str, reason: str, now: datetime, *, urgent: bool = False) -> str | None:
     """Insert an issuance that waits to be claimed; return its id, None if one is open already."""
     issuance_id = new_id()
     queued = insert_new(
         tx, issuances, id=issuance_id, lineage_id=lineage_id, reason=reason, state=State.QUEUED,
-        state_at=now, attempt_at=now, created_at=now,
+        state_at=now, attempt_at=now, created_at=now, urgent=urgent,
     )  # fmt: skip
     return issuance_id if queued else None
 
@@ -134,20 +147,16 @@ def claim(
     only: list[str] | None = None,
     directory_url: str | None = None,
 ) -> list[Issuance]:
-    """Lease up to `limit` due issuances to `worker`, longest due first, and return them.
+    """Lease up to `limit` due issuances to `worker`, urgent ones first, then longest due, and return them.
 
     `only` restricts it to these ids, for a one-shot run that was given names; `directory_url` to the CA
     that the worker speaks with.
     """
-    free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
-    query = (
-        select(issuances.c.id)
-        .where(_OPEN, issuances.c.attempt_at <= now, free)
-        .order_by(issuances.c.attempt_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    ids = list(tx.execute(_restrict(query, only, directory_url)).scalars())
+    ids = _find_due(tx, _URGENT_OPEN, now, limit, only, directory_url)
+    if len(ids) < limit:
+        # What is urgent and free is ours already.
+        more = _find_due(tx, _OPEN, now, limit, only, directory_url)
+        ids += [issuance_id for issuance_id in more if issuance_id not in ids][: limit - len(ids)]
     if not ids:
         return []
     leased = update(issuances).where(issuances.c.id.in_(ids)).values(
@@ -155,9 +164,25 @@ def claim(
         lease_token=issuances.c.lease_token + 1,
         lease_until=_lease_end(),
         claims=issuances.c.claims + 1,
+        # A lease that nobody gave back: its worker died, or lost the database.
+        crashes=issuances.c.crashes + case((issuances.c.lease_owner.is_not(None), 1), else_=0),
     )  # fmt: skip
     rows = tx.execute(leased.returning(*columns_of(Issuance, issuances)))
-    return sorted((to_value(Issuance, row) for row in rows), key=lambda issuance: issuance.attempt_at)
+    return sorted((to_value(Issuance, row) for row in rows), key=lambda one: (not one.urgent, one.attempt_at))
+
+
+def _find_due(
+    tx: Connection, which: TextClause, now: datetime, limit: int, only: list[str] | None, directory_url: str | None
+) -> list[str]:
+    free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
+    query = (
+        select(issuances.c.id)
+        .where(which, issuances.c.attempt_at <= now, free)
+        .order_by(issuances.c.attempt_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return list(tx.execute(_restrict(query, only, directory_url)).scalars())
 
 
 def extend_leases(tx: Connection, worker: str, ids: list[str]) -> dict[str, int]:
@@ -167,18 +192,27 @@ def extend_leases(tx: Connection, worker: str, ids: list[str]) -> dict[str, int]
     return {row[0]: row[1] for row in rows}
 
 
-def free_leases(tx: Connection, worker: str | None = None) -> None:
-    """Free what `worker` holds, or (None) every lease: for the one process that holds the worker role."""
-    held = update(issuances).where(_OPEN, issuances.c.lease_until.is_not(None))
-    if worker is not None:
-        held = held.where(issuances.c.lease_owner == worker)
+def free_leases(tx: Connection, worker: str) -> None:
+    """Give back what `worker` holds: it stops."""
+    held = update(issuances).where(_OPEN, issuances.c.lease_owner == worker)
     tx.execute(held.values(lease_owner=None, lease_until=None))
+
+
+def free_dead_leases(tx: Connection, dead: list[str] | None = None) -> int:
+    """Free what workers held that are known to be dead, or (None) whatever is held; return how many.
+
+    None is for the one process that holds the worker role: everybody else is dead.
+    """
+    held = update(issuances).where(_OPEN, issuances.c.lease_until.is_not(None))
+    if dead is not None:
+        held = held.where(issuances.c.lease_owner.in_(dead))
+    return tx.execute(held.values(lease_owner=None, lease_until=None, crashes=issuances.c.crashes + 1)).rowcount
 
 
 def record(tx: Connection, claimed: Issuance, now: datetime, **values: Any) -> Issuance:
     """Write `values` to a claimed issuance and return it anew; LeaseLost if it has moved on."""
     if values.get("state", claimed.state) != claimed.state:
-        values["state_at"] = now
+        values |= {"state_at": now, "crashes": 0}
     fenced = update(issuances).where(
         issuances.c.id == claimed.id,
         issuances.c.lease_owner == claimed.lease_owner,
@@ -186,14 +220,43 @@ def record(tx: Connection, claimed: Issuance, now: datetime, **values: Any) -> I
         issuances.c.state == claimed.state,
     )
     row = tx.execute(fenced.values(**values).returning(*columns_of(Issuance, issuances))).first()
-    if row is None:
+    if row is not None:
+        return to_value(Issuance, row)
+    recorded = find_recorded(tx, claimed, values.get("state", claimed.state))
+    if recorded is None:
         raise LeaseLost(f"issuance {claimed.id} belongs to another worker now, so nothing more is sent for it")
-    return to_value(Issuance, row)
+    return recorded
+
+
+def find_recorded(tx: Connection, claimed: Issuance, state: str) -> Issuance | None:
+    """Return the issuance if this very claim has written `state` before: the answer to that COMMIT was lost."""
+    found = find(tx, claimed.id)
+    ours = found is not None and found.lease_token == claimed.lease_token and found.state == state != claimed.state
+    return found if ours else None
+
+
+def read_again(tx: Connection, claimed: Issuance) -> Issuance:
+    """Return a claimed issuance as it is committed; LeaseLost if somebody has claimed it since."""
+    found = find(tx, claimed.id)
+    if found is None or found.lease_token != claimed.lease_token:
+        raise LeaseLost(f"issuance {claimed.id} belongs to another worker now, so nothing more is sent for it")
+    return found
+
+
+def is_ordering(tx: Connection, names_hash: str, account_id: str, besides: str) -> bool:
+    """Say whether another open issuance orders the same names with the same account.
+
+    A CA may answer both with one order (Boulder does), which only one of them can finalize.
+    """
+    started = issuances.c.state.not_in([State.QUEUED, State.KEY_READY])
+    same = (issuances.c.names_hash == names_hash, issuances.c.account_id == account_id, issuances.c.id != besides)
+    query = select(1).where(text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN_STATE}"), started, *same)
+    return tx.execute(query.limit(1)).first() is not None
 
 
 def release(tx: Connection, claimed: Issuance, attempt_at: datetime, now: datetime, **values: Any) -> Issuance:
     """Give a claimed issuance back, not to be worked on before `attempt_at`."""
-    return record(tx, claimed, now, attempt_at=attempt_at, lease_owner=None, lease_until=None, **values)
+    return record(tx, claimed, now, attempt_at=attempt_at, lease_owner=None, lease_until=None, crashes=0, **values)
 
 
 def close(tx: Connection, claimed: Issuance, state: State, now: datetime, **values: Any) -> Issuance:

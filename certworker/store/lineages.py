@@ -1,16 +1,18 @@
 """`lineages`: a set of names that one certificate after another serves, and when to look at it next."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, exists, insert, select, update
+from sqlalchemy import Connection, delete, exists, func, insert, literal, select, update
 
-from certworker.core.certificate import Validity
+from certworker.core.certificate import Leaf, Validity
 from certworker.core.names import names_hash
 from certworker.store import policies
 from certworker.store.rows import columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import certificates, lineage_names, lineages, policy_lineages, tls_policies
+from certworker.store.types import UtcTime
 
 _WANTING = (
     tls_policies.c.id == policy_lineages.c.policy_id,
@@ -55,6 +57,11 @@ class Lineage:
     """The last failure: class, type, detail, hint, at, retry_at."""
     served_at: datetime | None
     """When every live node had proved that it serves the certificate."""
+    renewal_id: str | None
+    """What the CA calls the certificate in renewal information (RFC 9773 §4.1)."""
+    window_start: datetime | None
+    """The CA's suggested window, that `renew_at` was drawn from; None: planned by lifetime."""
+    window_end: datetime | None
 
     @property
     def validity(self) -> Validity | None:
@@ -240,27 +247,98 @@ def set_next_check(tx: Connection, lineage_id: str, at: datetime | None, now: da
 
 
 def record_certificate(
-    tx: Connection, lineage_id: str, *, certificate_id: str, issuance_id: str, validity: Validity,
+    tx: Connection, lineage_id: str, *, certificate_id: str, issuance_id: str, leaf: Leaf, usable: Validity,
     renew_at: datetime, now: datetime,
 ) -> None:  # fmt: skip
-    """Note the certificate that serves from now on; failures are forgotten, service is to be proved anew."""
+    """Note the certificate that serves from now on, `usable` from when it came.
+
+    Failures are forgotten, service is to be proved anew, and the CA is to be asked when to renew it.
+    """
+    _take_in(tx, lineage_id, leaf.dns_names)
+    missing = left_out(tx, lineage_id)
+    probe_at = min((name.probe_at for name in missing), default=renew_at)
     tx.execute(
         update(lineages)
         .where(lineages.c.id == lineage_id)
         .values(
             certificate_id=certificate_id,
             issuance_id=issuance_id,
-            not_before=validity.not_before,
-            not_after=validity.not_after,
+            not_before=usable.not_before,
+            not_after=usable.not_after,
             renew_at=renew_at,
-            next_check_at=renew_at,
+            next_check_at=min(renew_at, probe_at),
             failures=0,
-            error=None,
+            error=missing[0].error if missing else None,
             served_at=None,
             updated_at=now,
+            renewal_id=leaf.renewal_id,
+            ari_check_at=now if leaf.renewal_id else None,
+            **_NO_WINDOW,
         )
     )
-    record_status(tx, lineage_id, "active", now)
+    # A name that was left out has no certificate: whoever wants it has to be told.
+    record_status(tx, lineage_id, "error" if missing else "active", now)
+
+
+_NO_WINDOW = {"window_start": None, "window_end": None, "window_url": None, "ari_failures": 0, "ari_error": None}
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A name of a lineage that the newest certificate does not have, because the CA refused it."""
+
+    dns_name: str
+    failures: int
+    probe_at: datetime
+    """From then on it is ordered again."""
+    error: dict[str, Any]
+
+
+def left_out(tx: Connection, lineage_id: str) -> list[LeftOut]:
+    """Return the names that are wanted and were left out, by name (partial index)."""
+    query = select(*columns_of(LeftOut, lineage_names)).where(
+        lineage_names.c.lineage_id == lineage_id, lineage_names.c.left_out_at.is_not(None)
+    )
+    return [to_value(LeftOut, row) for row in tx.execute(query.order_by(lineage_names.c.dns_name))]
+
+
+def left_out_among(tx: Connection, ids: list[str]) -> dict[str, list[LeftOut]]:
+    """Return the same for many lineages, by id; those that lack nothing are not in it."""
+    found: dict[str, list[LeftOut]] = {}
+    for page in pages(ids):
+        query = select(lineage_names.c.lineage_id, *columns_of(LeftOut, lineage_names)).where(
+            lineage_names.c.lineage_id.in_(page), lineage_names.c.left_out_at.is_not(None)
+        )
+        for row in tx.execute(query.order_by(lineage_names.c.dns_name)):
+            found.setdefault(row[0], []).append(LeftOut(*row[1:]))
+    return found
+
+
+def leave_out(tx: Connection, lineage_id: str, names: list[LeftOut], now: datetime) -> None:
+    """Remember names that the CA refused: ordered without them until `probe_at`."""
+    for name in names:
+        row = update(lineage_names).where(
+            lineage_names.c.lineage_id == lineage_id, lineage_names.c.dns_name == name.dns_name
+        )
+        values = {"probe_at": name.probe_at, "failures": name.failures, "error": name.error}
+        tx.execute(row.values(left_out_at=func.coalesce(lineage_names.c.left_out_at, literal(now, UtcTime)), **values))
+
+
+def probe_now(tx: Connection, lineage_id: str, now: datetime) -> None:
+    """Let the next order have every name that is wanted: a person asked."""
+    left = update(lineage_names).where(
+        lineage_names.c.lineage_id == lineage_id, lineage_names.c.left_out_at.is_not(None)
+    )
+    tx.execute(left.values(probe_at=now))
+
+
+def _take_in(tx: Connection, lineage_id: str, names: Iterable[str]) -> None:
+    there = update(lineage_names).where(
+        lineage_names.c.lineage_id == lineage_id,
+        lineage_names.c.left_out_at.is_not(None),
+        lineage_names.c.dns_name.in_(list(names)),
+    )
+    tx.execute(there.values(left_out_at=None, probe_at=None, failures=0, error=None))
 
 
 def record_error(
@@ -296,7 +374,14 @@ def spoil(tx: Connection, lineage_id: str, now: datetime) -> None:
 
 
 def _make_due(tx: Connection, lineage_id: str, now: datetime, **values: Any) -> None:
-    gone = {"issuance_id": None, "not_before": None, "not_after": None, "renew_at": None, "served_at": None}
+    gone: dict[str, Any] = {
+        "issuance_id": None,
+        "not_before": None,
+        "not_after": None,
+        "renew_at": None,
+        "served_at": None,
+    }
+    gone |= {"renewal_id": None, "ari_check_at": None, **_NO_WINDOW}
     row = update(lineages).where(lineages.c.id == lineage_id)
     tx.execute(row.values(next_check_at=now, updated_at=now, **gone, **values))
 

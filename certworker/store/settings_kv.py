@@ -11,6 +11,8 @@ ISSUER = "issuer"
 """CA, profile and key type of the last full reconcile."""
 LAST_SCAN_AT = "last_scan_at"
 LAST_SWEEP_AT = "last_sweep_at"
+WRITTEN_AT = "written_at"
+"""Written to find out whether the database can be."""
 
 
 def is_there(tx: Connection) -> bool:

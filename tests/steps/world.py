@@ -7,10 +7,13 @@ from typing import Any
 from sqlalchemy import text
 
 from certworker.ca.client import Client
-from certworker.steps.issue import Bench, Session, advance, open_session
+from certworker.core.budget import Limits
+from certworker.steps.gate import Gate
+from certworker.steps.issue import advance
 from certworker.steps.reconcile import Wanted, reconcile
 from certworker.steps.register import Accounts, Registration
 from certworker.steps.scan import scan
+from certworker.steps.session import Bench, Session, open_session
 from certworker.store import challenges, issuances, lineages, policies
 from certworker.store.database import Database, Transaction
 from certworker.store.issuances import Issuance
@@ -46,6 +49,7 @@ class World:
         self.sealer = Sealer(KEK)
         self.wanted = Wanted(Issuer(self.ca.directory_url, "", "ecdsa-p256"), private_ca=True)
         self.registration = Registration(self.ca.directory_url, ("mailto:ops@example.com",), terms_agreed=True)
+        self.limits = Limits()
         self.draw = 0.5
         self.moves: list[str] = []
         self.looked_up: list[str] = []
@@ -62,7 +66,11 @@ class World:
         """Return a bench as a new process would have it: nothing remembered."""
         client = Client(self.ca.directory_url, self.ca.http, self.clock)
         accounts = Accounts(self.db, client, self.sealer, self.clock, self.registration)
-        return Bench(self.db, client, accounts, self.sealer, self.clock, lambda: self.draw, self._look_up, self._moved)
+        gate = Gate(self.db, self.ca.directory_url, self.clock, lambda: self.draw, self.worker, "as in tests")
+        return Bench(
+            self.db, client, accounts, gate, self.limits, self.sealer, self.clock, lambda: self.draw,
+            self._look_up, self._moved,
+        )  # fmt: skip
 
     def _look_up(self, dns_name: str) -> str:
         self.looked_up.append(dns_name)
@@ -108,7 +116,7 @@ class World:
 
     def crash(self) -> None:
         """Let every lease end, as if the worker had died long ago."""
-        self.db.write(issuances.free_leases)
+        self.db.write(issuances.free_dead_leases)
 
     def add_orphan(self, dns_name: str) -> str:
         """Leave an issuance that this worker has claimed and does not know of; return its id."""

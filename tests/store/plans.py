@@ -8,8 +8,8 @@ from sqlalchemy import Connection, event
 from certworker.store.database import Database
 
 
-def explain(db: Database, fn: Callable[[Connection], Any], verb: str = "SELECT") -> str:
-    """Run `fn` and return the plan of its first `verb`, made with the very statement and values it ran.
+def explain(db: Database, fn: Callable[[Connection], Any], verb: str = "SELECT", before: int = 0) -> str:
+    """Run `fn` and return the plan of its first `verb` after `before` others, made with the very statement and values it ran.
 
     PostgreSQL is told that reading a whole table is dear, or it would read an empty one whole.
     """
@@ -22,7 +22,7 @@ def explain(db: Database, fn: Callable[[Connection], Any], verb: str = "SELECT")
         event.listen(tx, "before_cursor_execute", note)
         fn(tx)
         event.remove(tx, "before_cursor_execute", note)
-        statement, values = next((s, v) for s, v in seen if s.lstrip().startswith(verb))
+        statement, values = [(s, v) for s, v in seen if s.lstrip().startswith(verb)][before]
         word = "EXPLAIN QUERY PLAN " if db.embedded else "EXPLAIN "
         if not db.embedded:
             tx.exec_driver_sql("SET LOCAL enable_seqscan = off")

@@ -5,13 +5,15 @@ from datetime import timedelta
 from threading import Barrier
 
 import pytest
-from sqlalchemy import Connection, literal, select, update
+from sqlalchemy import Connection, insert, literal, select, update
 
 from certworker.core.issuance import State
 from certworker.errors import LeaseLost
 from certworker.store import challenges, issuances, lineages
 from certworker.store.database import Database
 from certworker.store.issuances import Issuance
+from certworker.store.rows import new_id
+from certworker.store.tables import acme_accounts
 from certworker.store.tables import issuances as rows
 from certworker.store.types import seconds_from_now
 
@@ -37,6 +39,13 @@ def queue_some(db: Database, count: int) -> list[str]:
 
 def claim(db: Database, worker: str = WORKER, limit: int = 10) -> list[Issuance]:
     return db.write(lambda tx: issuances.claim(tx, worker, NOW, limit))
+
+
+def add_account(db: Database) -> str:
+    account_id, made = new_id(), insert(acme_accounts)
+    values = {"directory_url": ISSUER.directory_url, "credentials_json": {}}
+    db.write(lambda tx: tx.execute(made.values(id=account_id, **values)))
+    return account_id
 
 
 def expire_leases(db: Database) -> None:
@@ -188,15 +197,30 @@ def test_a_lease_that_ran_out_but_was_not_taken_still_counts(db: Database) -> No
 
 
 def test_a_state_that_has_moved_on_is_not_written_over(db: Database) -> None:
-    """The same worker with an old value of the row, after a retry for example."""
+    """The same worker with an old value of the row."""
     queue_some(db, 1)
     (held,) = claim(db)
     key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s"}
     moved = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
 
     with pytest.raises(LeaseLost):
-        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
+        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT))
     assert db.write(lambda tx: issuances.record(tx, moved, NOW, failures=2)).failures == 2
+
+
+def test_what_was_committed_without_an_answer_is_found_when_it_is_said_again(db: Database) -> None:
+    """The same claim, the same state: it was this very write. Another claim has lost."""
+    queue_some(db, 1)
+    (held,) = claim(db)
+    key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s"}
+    moved = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
+
+    again = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key | {"spki_sha256": "t"}))
+    assert again == moved
+    expire_leases(db)
+    claim(db, OTHER)
+    with pytest.raises(LeaseLost):
+        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
 
 
 def test_state_at_moves_with_the_state_only(db: Database) -> None:
@@ -227,15 +251,14 @@ def test_a_worker_keeps_what_it_still_holds(db: Database) -> None:
 
 
 def test_a_worker_that_ends_frees_its_own_leases(db: Database) -> None:
-    """And nobody else's; who holds the role alone frees them all."""
+    """And nobody else's."""
     queue_some(db, 3)
     (mine,), (theirs,) = claim(db, limit=1), claim(db, OTHER, limit=1)
 
     db.write(lambda tx: issuances.free_leases(tx, WORKER))
     assert read(db, mine.id).lease_owner is None
     assert read(db, theirs.id).lease_owner == OTHER
-    db.write(issuances.free_leases)
-    assert len(claim(db)) == 3
+    assert len(claim(db)) == 2
 
 
 def test_a_released_issuance_waits_for_its_time(db: Database) -> None:
@@ -294,12 +317,72 @@ def test_only_what_nobody_works_on_is_cancelled(db: Database, lineage_id: str) -
 
 def test_a_claim_costs_what_is_open(db: Database) -> None:
     """Not the history: the partial index is used, on both."""
-    for act in (
-        lambda tx: issuances.claim(tx, WORKER, NOW, 5),
-        issuances.next_attempt_at,
-        issuances.list_open,
-    ):
+
+    def claim_some(tx: Connection) -> list[Issuance]:
+        return issuances.claim(tx, WORKER, NOW, 5)
+
+    assert "ix_issuances_urgent" in explain(db, claim_some)
+    assert "ix_issuances_due" in explain(db, claim_some, before=1)
+    for act in (issuances.next_attempt_at, issuances.list_open):
         assert "ix_issuances_due" in explain(db, act) or "uq_issuances_open" in explain(db, act), act
+
+
+def test_what_is_urgent_is_claimed_first(db: Database) -> None:
+    """Then what is due longest; nothing is claimed twice."""
+    ids = queue_some(db, 4)
+    db.write(lambda tx: tx.execute(update(rows).where(rows.c.id == ids[3]).values(urgent=True)))
+
+    assert [held.id for held in claim(db, limit=2)] == [ids[3], ids[0]]
+    assert [held.id for held in claim(db, limit=9)] == [ids[1], ids[2]]
+
+
+def test_a_lease_that_nobody_gave_back_counts_as_a_crash(db: Database) -> None:
+    """Until the issuance moves or is given back; a worker that ends well costs none."""
+    queue_some(db, 1)
+    for crashes in (0, 1, 2):
+        (held,) = claim(db)
+        assert held.crashes == crashes
+        expire_leases(db)
+    db.write(issuances.free_dead_leases)
+    (held,) = claim(db)
+    assert held.crashes == 3
+
+    db.write(lambda tx: issuances.free_leases(tx, WORKER))
+    (held,) = claim(db)
+    assert held.crashes == 3
+    db.write(lambda tx: issuances.release(tx, held, NOW, NOW))
+    (held,) = claim(db)
+    assert held.crashes == 0
+
+
+def test_the_leases_of_dead_workers_are_freed_and_no_others(db: Database) -> None:
+    """Those of a former incarnation, when it is known to be dead."""
+    queue_some(db, 2)
+    (mine,), (theirs,) = claim(db, limit=1), claim(db, OTHER, limit=1)
+
+    assert db.write(lambda tx: issuances.free_dead_leases(tx, [WORKER])) == 1
+
+    assert read(db, mine.id).lease_owner is None
+    assert read(db, theirs.id).lease_owner == OTHER
+
+
+def test_another_order_for_the_same_names_is_seen(db: Database) -> None:
+    """From its intent to its end, with the same account only."""
+    queue_some(db, 2)
+    first, second = claim(db)
+    account = add_account(db)
+    key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s", "names_hash": "h", "account_id": account}
+
+    def asks(account_id: str = account) -> bool:
+        return db.read(lambda tx: issuances.is_ordering(tx, "h", account_id, second.id))
+
+    ready = db.write(lambda tx: issuances.record(tx, first, NOW, state=State.KEY_READY, **key))
+    assert not asks()
+    intends = db.write(lambda tx: issuances.record(tx, ready, NOW, state=State.ORDER_INTENT))
+    assert asks()
+    assert not asks(new_id())
+    db.write(lambda tx: issuances.close(tx, intends, State.FAILED, NOW))
+    assert not asks()
 
 
 def test_keys_are_forgotten_when_their_certificate_has_ended(db: Database) -> None:

@@ -57,8 +57,8 @@ def activate(db: Database, lineage_id: str, serial: str = "01", name: str = "a.t
         certificate_id = certificates.id_for_lineage(tx, lineage_id)
         leaf = leaf_of(name, serial)
         lineages.record_certificate(
-            tx, lineage_id, certificate_id=certificate_id, issuance_id=new_id(), validity=leaf.validity,
-            renew_at=NOW + 60 * DAY, now=NOW,
+            tx, lineage_id, certificate_id=certificate_id, issuance_id=new_id(), leaf=leaf,
+            usable=leaf.validity, renew_at=NOW + 60 * DAY, now=NOW,
         )  # fmt: skip
         certificates.activate(tx, certificate_id, lineage_id, name, "chain", "key", leaf, NOW)
         return certificate_id

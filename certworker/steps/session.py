@@ -1,0 +1,126 @@
+"""One claimed issuance in work, and what it is worked on with.
+
+Shared by `issue`, which moves it forward, `trouble`, which says what a failure leads to, and `crew`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection
+
+from certworker.ca.client import Account, Client
+from certworker.clock import Clock
+from certworker.core.budget import Limits
+from certworker.core.issuance import State
+from certworker.core.order import Authorization, Order
+from certworker.core.renewal import is_urgent
+from certworker.steps.gate import Gate
+from certworker.steps.register import Accounts
+from certworker.store import challenges, issuances, lineages
+from certworker.store.database import Database
+from certworker.store.issuances import Issuance
+from certworker.store.lineages import Lineage
+from certworker.store.seal import Sealer
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What an issuance is made with."""
+
+    db: Database
+    client: Client
+    accounts: Accounts
+    gate: Gate
+    """Whether the CA may be asked at all."""
+    limits: Limits
+    """What we allow ourselves at this CA."""
+    sealer: Sealer
+    clock: Clock
+    draw: Callable[[], float]
+    """Uniform in [0, 1): spreads retries."""
+    look_up: Callable[[str], object]
+    """What DNS says of a name, as text: for the hint after a failed validation."""
+    moved: Callable[["Session"], None]
+    """Told after every commit, for logs and progress; must not raise."""
+
+
+@dataclass(slots=True)
+class Session:
+    """A claimed issuance in work: the committed row, and what the CA said since it was claimed."""
+
+    issuance: Issuance
+    lineage: Lineage
+    order: Order | None = None
+    """None: look first."""
+    authorizations: tuple[Authorization, ...] | None = None
+    looks: int = 0
+    """How often the CA was busy in a row."""
+    wait_until: datetime | None = None
+    """Set by `advance`: nothing to do before."""
+    kept_at: float = 0.0
+    """When its lease was last known to be held, by this process's monotonic clock; set by the crew."""
+    recovered: bool = False
+    """The account was found again for it once; if that did not help, trying at once will not either."""
+    unsure: bool = False
+    """The database failed in the middle of it: what is committed has to be read before anything is sent."""
+
+    @property
+    def dns_names(self) -> list[str]:
+        """What is ordered."""
+        return self.issuance.dns_names or self.lineage.dns_names
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens that the CA fetches while this issuance waits."""
+        offered = (a.http01() for a in self.authorizations or ())
+        return [challenge.token for challenge in offered if challenge is not None]
+
+    def is_urgent(self, now: datetime) -> bool:
+        """Say whether the certificate that serves is about to end."""
+        return is_urgent(now, self.lineage.validity)
+
+    def look_anew(self) -> None:
+        """Forget what the CA said."""
+        self.order = self.authorizations = None
+
+
+def open_session(db: Database, issuance: Issuance) -> Session:
+    """Return a claimed issuance ready for `advance`."""
+    lineage = db.read(lambda tx: lineages.find(tx, issuance.lineage_id))
+    assert lineage is not None, "issuances.lineage_id is a foreign key"
+    return Session(issuance, lineage)
+
+
+def record(bench: Bench, session: Session, state: State, **values: object) -> None:
+    """Commit that the CA, or we, have taken the issuance to `state`; what failed before is forgotten."""
+    now = bench.clock()
+    session.issuance = bench.db.write(
+        lambda tx: issuances.record(tx, session.issuance, now, state=state, failures=0, error=None, **values)
+    )
+
+
+def account_of(bench: Bench, session: Session) -> Account:
+    """Return the account the order is made with; AccountGone if another program has deleted it."""
+    return bench.accounts.get(session.issuance.account_id or "")
+
+
+def cancel(tx: Connection, session: Session, now: datetime) -> Issuance:
+    """Close an issuance that nobody wants any more."""
+    challenges.withdraw(tx, session.issuance.id)
+    # The scan takes it out, or queues it anew if somebody wants it again.
+    lineages.set_next_check(tx, session.lineage.id, now, now)
+    return issuances.close(tx, session.issuance, State.CANCELLED, now)
+
+
+def read_again(bench: Bench, session: Session) -> None:
+    """Take up what is committed, whatever became of the last write; LeaseLost if it is not ours any more."""
+    session.issuance = bench.db.read(lambda tx: issuances.read_again(tx, session.issuance))
+    session.look_anew()
+    session.unsure = False
+
+
+def give_back(bench: Bench, session: Session, attempt_at: datetime) -> None:
+    """Release an issuance that waits; whoever claims it next looks first."""
+    now = bench.clock()
+    session.issuance = bench.db.write(lambda tx: issuances.release(tx, session.issuance, attempt_at, now))

@@ -1,0 +1,232 @@
+"""What a failure leads to: once more later, without a name, with another order, or not before a person acts.
+
+The class of a failure says who acts and how patient we are (`core.retry`); whose trouble it is decides who
+is told: one issuance, the account, or everybody who asks this CA (`gate`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
+
+from certworker.ca.problems import classify
+from certworker.core.budget import validations_bucket
+from certworker.core.issuance import State, may_leave_out
+from certworker.core.renewal import Reason, Wait, decide_renewal, drops_replaces
+from certworker.core.retry import Endpoint, ErrorClass, Failure, names_refused, retry_at
+from certworker.errors import AccountGone, CaError, ProblemReported
+from certworker.steps.session import Bench, Session, account_of
+from certworker.store import budget, certificates, challenges, issuances, lineages
+from certworker.store.budget import Refusal
+from certworker.store.issuances import Issuance
+from certworker.store.lineages import LeftOut, Lineage
+
+MOST_CRASHES = 5
+"""Workers in a row that an issuance may cost before it is set aside."""
+_QUARANTINE = timedelta(days=1)
+_SAME_NAMES = timedelta(seconds=15)
+_GOES_ON = (ErrorClass.TRANSIENT, ErrorClass.RATE_LIMITED)
+_ENDS_ORDER = ("certworker:order-lost", "certworker:order-expired")
+_NO_NAMES: Mapping[str, Failure] = {}
+
+
+def meet(bench: Bench, session: Session, error: CaError, doing: Endpoint) -> None:
+    """Record what the CA, or the way to it, has answered instead of what was asked."""
+    failure = classify(error, doing)
+    try:
+        if _goes_on_at_once(bench, session, error):
+            return
+    except AccountGone as gone:
+        give_up_account(bench, session, gone)
+        return
+    except CaError as other:  # the CA cannot be asked for the account either
+        failure = classify(other, Endpoint.ACCOUNT)
+    bench.gate.failed(failure, session.lineage.id)
+    if failure.error_class in _GOES_ON and failure.type not in _ENDS_ORDER:
+        put_off(bench, session, failure)
+    else:
+        refused = names_refused(session.dns_names, error.problem) if isinstance(error, ProblemReported) else _NO_NAMES
+        fail(bench, session, failure, refused)
+
+
+def _goes_on_at_once(bench: Bench, session: Session, error: CaError) -> bool:
+    """Mend what we can mend ourselves; the same action is taken again with what is different now."""
+    row = session.issuance
+    if not isinstance(error, ProblemReported):
+        return False
+    if row.state == State.ORDER_INTENT and row.replaces is not None and drops_replaces(error.problem):
+        # The CA has its reasons not to see a renewal in it: an order like any other is as good (RFC 9773 §5).
+        now = bench.clock()
+        session.issuance = bench.db.write(lambda tx: issuances.record(tx, row, now, replaces=None))
+        return True
+    if row.account_id is None or session.recovered:
+        return False
+    # Another process may have changed the account's key; or the CA has lost it, and gets it back.
+    session.recovered = bench.accounts.recover(row.account_id, account_of(bench, session), error.problem.code)
+    return session.recovered
+
+
+def give_up_account(bench: Bench, session: Session, gone: AccountGone) -> None:
+    """Close an issuance whose account is used no more: its order can be reached with no other one."""
+    hint = "a new order is made with the account that is used now; see `certworker account list`"
+    fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:account-gone", str(gone), hint))
+
+
+def refuse_chain(bench: Bench, session: Session, failure: Failure) -> None:
+    """A wrong chain is downloaded once more, in case it was damaged on the way; then the CA means it."""
+    if (session.issuance.error or {}).get("type") != failure.type:
+        put_off(bench, session, replace(failure, error_class=ErrorClass.TRANSIENT))
+    else:
+        fail(bench, session, failure)
+
+
+def put_off(bench: Bench, session: Session, failure: Failure) -> None:
+    """Keep the issuance; the same action is taken again when the failure's class says."""
+    now, failures = bench.clock(), session.issuance.failures + 1
+    attempt_at = retry_at(failure, failures, now, bench.draw(), session.lineage.validity)
+    error = describe(failure, now, attempt_at)
+    _release(bench, session, attempt_at, error, failures)
+
+
+def put_off_bug(bench: Bench, session: Session, said: str) -> None:
+    """Put an issuance off that met a fault of our own, so that it neither spins nor blocks the others."""
+    hint = "this is a bug in certworker: see the log, and report it"
+    put_off(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:bug", said, hint))
+
+
+def await_budget(bench: Bench, session: Session, refusal: Refusal) -> None:
+    """Wait until the rate ledger lets this order through; nothing has failed."""
+    detail = f"our own limit {refusal.bucket!r} for this CA is used up"
+    hint = "nothing to do: it goes on by itself; to change the limit see ACME_RATE_LIMITS"
+    failure = Failure(ErrorClass.RATE_LIMITED, "certworker:budget", detail, hint)
+    error = describe(failure, bench.clock(), refusal.until, asked_by="ledger")
+    _release(bench, session, refusal.until, error, session.issuance.failures)
+
+
+def await_same_names(bench: Bench, session: Session) -> None:
+    """Wait for another issuance that orders the very same names: the CA might give both one order."""
+    now = bench.clock()
+    detail = "another certificate for the same names is being ordered"
+    failure = Failure(ErrorClass.TRANSIENT, "certworker:same-names", detail, "nothing to do: it is next")
+    attempt_at = now + _SAME_NAMES
+    _release(bench, session, attempt_at, describe(failure, now, attempt_at), session.issuance.failures)
+
+
+def quarantine(bench: Bench, session: Session) -> None:
+    """Set an issuance aside that was in the hands of several workers when they died."""
+    now = bench.clock()
+    detail = f"{session.issuance.crashes} workers in a row ended while they worked on it, in state "
+    hint = "see the workers' logs around that time, and report it; `certworker renew NAME` tries it once more"
+    failure = Failure(ErrorClass.ACTION_REQUIRED, "certworker:quarantined", detail + session.issuance.state, hint)
+    attempt_at = now + _QUARANTINE
+    _release(bench, session, attempt_at, describe(failure, now, attempt_at), session.issuance.failures)
+
+
+def _release(bench: Bench, session: Session, attempt_at: datetime, error: dict[str, str | None], failures: int) -> None:
+    now = bench.clock()
+    urgent = session.is_urgent(now)
+
+    def release(tx: Connection) -> Issuance:
+        row = session.issuance
+        released = issuances.release(tx, row, attempt_at, now, failures=failures, error=error, urgent=urgent)
+        lineages.record_error(tx, session.lineage.id, error, now)
+        return released
+
+    session.issuance = bench.db.write(release)
+    session.wait_until = attempt_at
+
+
+def fail(bench: Bench, session: Session, failure: Failure, refused: Mapping[str, Failure] = _NO_NAMES) -> None:
+    """Close the issuance, or go on without the names that were `refused` if that helps the others.
+
+    The lineage tries anew with another issuance, when the failure's class says.
+    """
+    now = bench.clock()
+    session.issuance = bench.db.write(lambda tx: _fail(tx, bench, session, failure, refused, now))
+    session.look_anew()
+
+
+def _fail(
+    tx: Connection, bench: Bench, session: Session, failure: Failure, refused: Mapping[str, Failure], now: datetime
+) -> Issuance:
+    row = session.issuance
+    if (recorded := issuances.find_recorded(tx, row, State.FAILED)) is not None:
+        return recorded
+    lineage = lineages.lock(tx, session.lineage.id) or session.lineage
+    challenges.withdraw(tx, row.id)
+    _charge_validations(tx, bench, row, refused, now)
+    if _may_leave_out(tx, session, lineage, refused, now):
+        return _leave_out(tx, bench, session, lineage, refused, now)
+    failures = lineage.failures + 1
+    next_check_at = retry_at(failure, failures, now, bench.draw(), lineage.validity)
+    error = describe(failure, now, next_check_at)
+    lineages.record_failure(tx, lineage.id, error, failures=failures, next_check_at=next_check_at, now=now)
+    return issuances.close(tx, row, State.FAILED, now, error=error)
+
+
+def _charge_validations(
+    tx: Connection, bench: Bench, row: Issuance, refused: Mapping[str, Failure], now: datetime
+) -> None:
+    """Count failed validations: a CA does too, and locks a name out that fails too often."""
+    limit = bench.limits.validations
+    failed = sorted(name for name, why in refused.items() if why.error_class is ErrorClass.VALIDATION)
+    if limit is not None and row.account_id is not None:
+        for name in failed:
+            budget.charge(tx, bench.accounts.directory_url, validations_bucket(name), row.account_id, limit, now)
+
+
+# -- names that are left out --------------------------------------------------------------------------
+
+
+def _may_leave_out(
+    tx: Connection, session: Session, lineage: Lineage, refused: Mapping[str, Failure], now: datetime
+) -> bool:
+    if not refused or len(session.dns_names) == 1:
+        return False
+    serving = certificates.find_of_lineage(tx, lineage.id)
+    served = frozenset(serving.dns_names or ()) if serving is not None and serving.expires_at > now else frozenset()
+    return may_leave_out(
+        frozenset(session.dns_names), frozenset(refused), served, lineage.failures, urgent=session.is_urgent(now)
+    )
+
+
+def _leave_out(
+    tx: Connection, bench: Bench, session: Session, lineage: Lineage, refused: Mapping[str, Failure], now: datetime
+) -> Issuance:
+    """Go on with the other names; those refused stay wanted, and are ordered again later."""
+    row = session.issuance
+    before = {name.dns_name: name.failures for name in lineages.left_out(tx, lineage.id)}
+    names = [_left_out(bench, name, why, before.get(name, 0) + 1, now) for name, why in sorted(refused.items())]
+    lineages.leave_out(tx, lineage.id, names, now)
+    if row.reason == Reason.NAMES_MISSING and isinstance(decide_renewal(now, lineage.validity, lineage.renew_at), Wait):
+        # It was a try for these names only, and the others have what they need.
+        lineages.set_next_check(tx, lineage.id, now, now)
+        return issuances.close(tx, row, State.FAILED, now, error=names[0].error)
+    remaining = [name for name in session.dns_names if name not in refused]
+    # That order is dead, so its key has never been in a certificate: another key for other names.
+    return issuances.record(
+        tx, row, now, state=State.QUEUED, dns_names=remaining, names_hash=None, key_pem=None, csr_der=None,
+        spki_sha256=None, account_id=None, replaces=None, order_url=None, finalize_url=None, order_expires_at=None,
+        failures=0, error=None,
+    )  # fmt: skip
+
+
+def _left_out(bench: Bench, dns_name: str, failure: Failure, failures: int, now: datetime) -> LeftOut:
+    probe_at = retry_at(failure, failures, now, bench.draw())
+    return LeftOut(dns_name, failures, probe_at, dict(describe(failure, now, probe_at)))
+
+
+def describe(
+    failure: Failure, now: datetime, retry_at_: datetime | None, asked_by: str | None = None
+) -> dict[str, str | None]:
+    """Return a failure as it is kept in `error` columns and shown by `status`."""
+    return {
+        "class": failure.error_class.value, "type": failure.type, "detail": failure.detail, "hint": failure.hint,
+        "at": _shown(now), "retry_at": None if retry_at_ is None else _shown(retry_at_),
+        "asked_by": asked_by if failure.retry_after is None else "ca", "scope": failure.scope.value,
+    }  # fmt: skip
+
+
+def _shown(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
