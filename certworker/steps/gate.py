@@ -69,7 +69,7 @@ class Gate:
             self._see(self._db.read(lambda tx: breakers.find(tx, self._directory_url)))
         # Later a difference means that two workers have different settings: each would end the other's pause.
         if not self._started and self._seen.registration != self._registration:
-            self.resume()
+            self._change(breaker.resume)
         self._started = True
 
     def admits(self) -> int | datetime:
@@ -123,6 +123,7 @@ class Gate:
 
     def resume(self) -> None:
         """End a pause: the operator says that they have acted."""
+        self.refresh()
         self._change(breaker.resume)
 
     def _takes_trial(self, now: datetime) -> bool:

@@ -147,7 +147,6 @@ def test_a_ca_that_is_well_costs_no_sql(fleet: Fleet) -> None:
         gate.failed(failure(Scope.ISSUANCE, V, Endpoint.VALIDATION), "a")
         gate.failed(failure(Scope.ISSUANCE, T, Endpoint.ORDER), "a")
         gate.probe(fleet.client())
-        gate.resume()
 
     assert sent == []
     assert fleet.line.read_at == []
@@ -449,10 +448,11 @@ def test_a_fresh_pause_is_not_ended_by_who_comes_late(fleet: Fleet) -> None:
 
 
 def test_an_operator_ends_a_pause(fleet: Fleet) -> None:
-    """By saying so; one order shows whether they are right."""
-    gate = fleet.start()
+    """By saying so, to any worker; one order shows whether they are right."""
+    gate, other = fleet.start(), fleet.start()
     gate.failed(REFUSED, "a")
-    gate.resume()
+    other.resume()
+    gate.refresh()
 
     assert gate.admits() == 1
     for _ in range(3):
@@ -466,7 +466,6 @@ def test_a_trial_ends_with_what_it_showed(fleet: Fleet) -> None:
     fleet.half_open(one)
     assert one.admits() == 1
     one.failed(REFUSED, "a")
-    other.refresh()
     other.resume()
     assert other.admits() == 1
 
