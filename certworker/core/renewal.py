@@ -140,9 +140,9 @@ def choose_moment(window: Window, validity: Validity, draw: float) -> datetime:
     """Return the moment of the window at which this certificate is to be renewed, in whole seconds.
 
     `draw` is a uniform number in [0, 1), and the moments are as likely as each other (RFC 9773 §4.2), but for
-    those that are past the last resort. None lies before the certificate: the window of a short life may begin a
-    day before it, and every second one would be renewed as soon as it is there. A window that ended
-    before the certificate began means now.
+    those that are past the last resort. None lies before the certificate: a CA that gives or takes a day, however
+    short the life, would have every second one renewed as soon as it is there. A window that ended before the
+    certificate began means now.
     """
     first = max(window.start, validity.not_before)
     last = window.end - min(_MARGIN, (window.end - window.start) / 10)

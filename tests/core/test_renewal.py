@@ -264,7 +264,7 @@ def test_a_window_around_the_last_resort_makes_no_herd(
 
 @pytest.mark.parametrize("lifetime", [20 * SECOND, timedelta(minutes=5), timedelta(hours=6), 6 * DAY, 90 * DAY])
 def test_a_fleet_whose_windows_began_before_it_does_not_spin(lifetime: timedelta) -> None:
-    """Pebble suggests two thirds of the life, give or take a day, however short the life is.
+    """Two thirds of the life, give or take a day, is a window that a CA may have for all its certificates.
 
     Of a life of seconds, half of that lies before it; drawn from all of it, every second certificate
     would be renewed as soon as it is there, and the next one again.
