@@ -143,7 +143,7 @@ def after_failure(
             return _fail(_hold(breaker, failure, now, draw), failure, now, draw)
         case Scope.ACCOUNT if failure.error_class in (ErrorClass.ACTION_REQUIRED, ErrorClass.PERMANENT):
             return _pause(breaker, failure, registration, now, draw)
-        case Scope.ISSUANCE if failure.error_class is not ErrorClass.TRANSIENT:
+        case Scope.ISSUANCE if failure.error_class is not ErrorClass.TRANSIENT and failure.endpoint is not None:
             answered = after_success(breaker, now)
             limited = failure.error_class is ErrorClass.RATE_LIMITED and failure.endpoint is Endpoint.NEW_ORDER
             return _limit(answered, failure, lineage_id, now, draw) if limited else answered

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from certworker.core.certificate import Validity
 from certworker.core.order import Authorization, AuthorizationStatus, ChallengeStatus, Order
+from certworker.core.renewal import is_urgent
 from certworker.errors import Problem
 
 
@@ -112,13 +113,6 @@ _LONGEST_REPLACING = timedelta(hours=24)
 """Longest wait after a permanent error while there is a certificate to lose."""
 _MISTRUST = timedelta(minutes=12, seconds=30)
 """Shortest wait for a CA whose own TLS certificate is not trusted: ten minutes with the shortest draw."""
-_URGENT_LIFE = 1 / 10
-_URGENT_REST = timedelta(hours=48)
-
-
-def is_urgent(serving: Validity, now: datetime) -> bool:
-    """Say whether the certificate that serves ends so soon that patience would cost the site."""
-    return serving.not_after - now < max(serving.lifetime * _URGENT_LIFE, _URGENT_REST)
 
 
 def retry_at(failure: Failure, failures: int, now: datetime, draw: float, serving: Validity | None = None) -> datetime:
@@ -132,7 +126,7 @@ def retry_at(failure: Failure, failures: int, now: datetime, draw: float, servin
         return now + spread_wait(failure.retry_after, draw)
     schedule = _SCHEDULES[failure.error_class]
     step = schedule[min(failures, len(schedule)) - 1]
-    if failure.error_class is ErrorClass.VALIDATION and serving is not None and is_urgent(serving, now):
+    if failure.error_class is ErrorClass.VALIDATION and is_urgent(now, serving):
         step = min(step, _LONGEST_URGENT)
     elif failure.error_class is ErrorClass.PERMANENT and serving is not None:
         step = min(step, _LONGEST_REPLACING)
@@ -265,7 +259,6 @@ _SHARED = {Endpoint.DIRECTORY, Endpoint.NEW_NONCE, Endpoint.NEW_ACCOUNT}
 _ACCOUNTS = {Endpoint.NEW_ACCOUNT, Endpoint.ACCOUNT}
 _APART = {Endpoint.VALIDATION, Endpoint.RENEWAL_INFO}
 """Where trouble says nothing of the next order: the CA has answered, or a renewal can do without."""
-_REPLACES_REFUSED = {"alreadyReplaced", "conflict", "malformed", "serverInternal", "unauthorized"}
 _LINK = re.compile(r"https://[^\s\"'<>]+")
 _DETAIL_LIMIT = 2048
 
@@ -328,15 +321,6 @@ def names_refused(
     # Last, because what a failing challenge says outweighs the rest.
     found |= {a.dns_name: failure for a in authorizations if (failure := _classify_authorization(a)) is not None}
     return {name: f for name, f in found.items() if name in dns_names and f.error_class not in (_T, _R)}
-
-
-def blames_replaces(problem: Problem) -> bool:
-    """Say whether an order that names the certificate it replaces may have been refused for that alone.
-
-    RFC 9773 §5 has `alreadyReplaced`; CAs also answer `conflict`, or one of the general codes for a
-    certificate that they do not know or that is another account's.
-    """
-    return problem.code in _REPLACES_REFUSED or (problem.code not in _EVERYWHERE and problem.status == 409)
 
 
 def _classify_authorization(authorization: Authorization) -> Failure | None:

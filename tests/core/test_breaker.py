@@ -90,11 +90,12 @@ def test_one_that_was_never_in_trouble_is_free() -> None:
         ([DOWN] * 4 + [None] + [DOWN] * 4, State.CLOSED),
         ([DOWN] * 4 + [failure(Scope.ISSUANCE, V)] + [DOWN] * 4, State.CLOSED),
         ([DOWN] * 4 + [failure(Scope.ISSUANCE, T)] + [DOWN], State.OPEN),
+        ([DOWN] * 4 + [failure(Scope.ISSUANCE, R, None)] + [DOWN], State.OPEN),
         ([failure(Scope.ISSUANCE, c) for c in ErrorClass] * 9, State.CLOSED),
     ],
 )
 def test_five_in_a_row_open_it(met: list[Failure | None], expected: State) -> None:
-    """Or a third at the directory. What one order meets shows that the CA answers, if it is an answer."""
+    """Or a third at the directory. What one order meets shows that the CA answers, if it was asked and has answered."""
     breaker = Breaker()
     for each in met:
         breaker = after_success(breaker, NOW) if each is None else fail(breaker, each)

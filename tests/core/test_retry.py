@@ -23,12 +23,10 @@ from certworker.core.retry import (
     ErrorClass,
     Failure,
     Scope,
-    blames_replaces,
     classify_nonsense,
     classify_order,
     classify_problem,
     classify_silence,
-    is_urgent,
     names_refused,
     retry_at,
 )
@@ -153,21 +151,6 @@ def test_schedules(error_class: ErrorClass, serving: Validity | None, minutes: l
     waits = [pause(error_class, n, serving=serving) for n in range(1, len(minutes) + 1)]
 
     assert waits == [timedelta(minutes=m) for m in minutes]
-
-
-@pytest.mark.parametrize(
-    ("serving", "urgent"),
-    [
-        (left(9 * DAY), False),
-        (left(9 * DAY - timedelta(seconds=1)), True),
-        (left(2 * DAY, 6 * DAY), False),
-        (left(2 * DAY - timedelta(seconds=1), 6 * DAY), True),
-        (left(-DAY), True),
-    ],
-)
-def test_urgent_is_a_tenth_of_a_life_or_two_days(serving: Validity, urgent: bool) -> None:
-    """Whichever comes first; one that has ended is urgent still."""
-    assert is_urgent(serving, NOW) is urgent
 
 
 @given(st.integers(1, 50), draws)
@@ -415,29 +398,3 @@ def test_only_ordered_names_are_left_out(said: Problem, of_order: bool, authoriz
 def test_an_invalid_order_stops_nobody_else(said: Problem) -> None:
     """The CA has answered."""
     assert classify_order(order(said), ()).scope is Scope.ISSUANCE
-
-
-# -- replaces -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("code", "status", "expected"),
-    [
-        ("alreadyReplaced", 409, True),
-        ("conflict", 409, True),
-        ("", 409, True),
-        ("malformed", 400, True),
-        ("serverInternal", 500, True),
-        ("unauthorized", 403, True),
-        ("rateLimited", 429, False),
-        ("badNonce", 400, False),
-        ("rejectedIdentifier", 400, False),
-        ("userActionRequired", 403, False),
-        ("accountDoesNotExist", 400, False),
-        ("invalidProfile", 400, False),
-        ("", 503, False),
-    ],
-)
-def test_replaces_is_blamed_for_what_it_may_have_caused(code: str, status: int, expected: bool) -> None:
-    """Everything else would be said of the order without it too."""
-    assert blames_replaces(problem(code, status)) is expected
