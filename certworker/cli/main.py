@@ -22,6 +22,7 @@ _COMMANDS = {
     "run": ("run", "The service: scheduler, issuers, responder, API; SIGTERM drains within 30 s."),
     "renew": ("renew", "One shot: everything due, or the names given."),
     "policy": ("policy", "TLS policies: which names are wanted."),
+    "account": ("account", "ACME accounts: what orders are made with."),
     "config": ("config", "The gateway's tables as one document."),
     "status": ("status", "Where everything stands."),
     "demo": ("demo", "The main job on Pebble and HAProxy on this machine."),

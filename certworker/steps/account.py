@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Literal
 
 from certworker.ca.keys import AccountKey
-from certworker.core.breaker import resume
 from certworker.errors import (
     AccountDeactivated,
     AccountForgotten,
@@ -23,7 +22,7 @@ from certworker.errors import (
     SealError,
 )
 from certworker.steps.register import Accounts, Found
-from certworker.store import accounts, breakers
+from certworker.store import accounts
 from certworker.store.accounts import StoredAccount
 from certworker.store.database import Transaction
 
@@ -44,14 +43,34 @@ class Registered:
 
 
 def register(used: Accounts, *, new_key: bool = False) -> Registered:
-    """Register the default account, or see that the CA still has it and knows its contacts; ends a pause at the CA.
+    """Register the default account, or see that the CA still has it and knows its contacts.
 
     One that the CA has forgotten is made again with the same key. With `new_key` one that cannot be used any
     more (deactivated, forgotten, never registered, its key unusable) gets a successor; its row stays.
     """
-    done = _register(used, new_key)
-    used.db.write(lambda tx: _end_pause(tx, used.directory_url))
-    return done
+    before = used.find_default()
+    if before is None or (before.account_url is None and not new_key):
+        return Registered(used.settle(before or used.add(), actor=OPERATOR), "registered")
+    if before.account_url is None:
+        return _replace(used, before)
+    try:
+        used.refuse_deactivated(before)
+        after = used.settle(before, make_again=False, actor=OPERATOR)
+    except AccountForgotten:
+        if new_key:
+            return _replace(used, before)
+        return Registered(_tell(used, used.settle(before, make_again=True, actor=OPERATOR)), "recovered")
+    except (AccountDeactivated, InputError, SealError):
+        if new_key:
+            return _replace(used, before)
+        raise
+    if new_key:
+        raise InputError(f"--new-key: account {after.account_url} is in order; `certworker account rollover` "
+                         "changes its key")  # fmt: skip
+    told = _tell(used, after)
+    if (after.account_url, after.key) != (before.account_url, before.key):
+        return Registered(told, "recovered")
+    return Registered(told, "unchanged" if told is after else "updated")
 
 
 def roll_over(
@@ -99,38 +118,6 @@ def deactivate(used: Accounts, *, force: bool = False) -> StoredAccount:
     now = used.clock()
     used.db.write(lambda tx: accounts.record_deactivated(tx, before.id, now, actor=OPERATOR))
     return used.find_default() or before
-
-
-def _register(used: Accounts, new_key: bool) -> Registered:
-    before = used.find_default()
-    if before is None or (before.account_url is None and not new_key):
-        return Registered(used.settle(before or used.add(), actor=OPERATOR), "registered")
-    if before.account_url is None:
-        return _replace(used, before)
-    try:
-        used.refuse_deactivated(before)
-        after = used.settle(before, make_again=False, actor=OPERATOR)
-    except AccountForgotten:
-        if new_key:
-            return _replace(used, before)
-        return Registered(_tell(used, used.settle(before, make_again=True, actor=OPERATOR)), "recovered")
-    except (AccountDeactivated, InputError, SealError):
-        if new_key:
-            return _replace(used, before)
-        raise
-    if new_key:
-        raise InputError(f"--new-key: account {after.account_url} is in order; `certworker account rollover` "
-                         "changes its key")  # fmt: skip
-    told = _tell(used, after)
-    if (after.account_url, after.key) != (before.account_url, before.key):
-        return Registered(told, "recovered")
-    return Registered(told, "unchanged" if told is after else "updated")
-
-
-def _end_pause(tx: Transaction, directory_url: str) -> None:
-    """Let an order be tried where the account was refused: the operator has acted."""
-    before = breakers.lock(tx, directory_url)
-    breakers.put(tx, directory_url, resume(before))
 
 
 def _replace(used: Accounts, before: StoredAccount) -> Registered:

@@ -10,9 +10,7 @@ import pytest
 
 from certworker.ca.client import Account, Client
 from certworker.ca.keys import AccountKey
-from certworker.core.breaker import State as BreakerState
 from certworker.core.issuance import State
-from certworker.core.retry import ErrorClass, Failure, Scope
 from certworker.errors import (
     AccountDeactivated,
     AccountForgotten,
@@ -24,10 +22,9 @@ from certworker.errors import (
 )
 from certworker.steps import account as steps
 from certworker.steps.account import ROLLING, deactivate, register
-from certworker.steps.gate import Gate
 from certworker.steps.issue import advance
 from certworker.steps.register import Accounts
-from certworker.store import accounts, audit, breakers
+from certworker.store import accounts, audit
 from certworker.store.accounts import StoredAccount
 from certworker.store.database import Transaction
 
@@ -403,22 +400,6 @@ def test_a_garbled_answer_is_asked_about(world: World) -> None:
     roll_over(world)
 
     assert_in_order(world, ours)
-
-
-def test_registering_ends_a_pause(world: World) -> None:
-    """The operator has acted: the breaker lets one order through, and nothing else of it is touched."""
-    worker(world).default()
-    gate = Gate(world.db, world.ca.directory_url, world.clock, lambda: 0.5, world.worker, "settings")
-    gate.refresh()
-    refused = Failure(ErrorClass.ACTION_REQUIRED, "certworker:account-forgotten", "", "", scope=Scope.ACCOUNT)
-    gate.failed(refused, "lineage")
-    assert gate.closed_until() is not None
-
-    assert register(worker(world)).outcome == "unchanged"
-
-    assert world.db.read(lambda tx: breakers.find(tx, world.ca.directory_url)).state is BreakerState.HALF_OPEN
-    gate.refresh()
-    assert gate.admits() == 1
 
 
 def test_an_account_is_worth_nothing_with_its_old_key(world: World) -> None:
