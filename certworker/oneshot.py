@@ -231,7 +231,7 @@ class _Wait:
         self._stack.callback(app.db.write, lambda tx: workers.leave(tx, worker_id))
         expire(app.db, app.clock)
         crew = Crew(
-            bench, worker_id, app.settings.concurrency, only, may_order=self._can_answer, beaten=app.clock.anchor
+            bench, worker_id, app.settings.concurrency, only, may_order=self._can_answer, beaten=self._beaten
         )
         responder = wiring.make_responder(app, crew.fetched)
         responder.start()
@@ -245,6 +245,10 @@ class _Wait:
             self._node.start()
         self._stack.callback(crew.stop)
         crew.start()
+
+    def _beaten(self, db_now: datetime | None) -> None:
+        if db_now is not None:
+            self._app.clock.anchor(db_now)
 
     def _can_answer(self) -> bool:
         return self._node is None or self._node.answers

@@ -234,9 +234,11 @@ class Service:
         elif not self._stopping.is_set():
             self._timetable.run_soon("reconcile")
 
-    def _beaten(self, db_now: datetime) -> None:
+    def _beaten(self, db_now: datetime | None) -> None:
         """Follow the database's clock; what waits for a time that will not come looks now."""
-        if abs(self._app.clock.anchor(db_now)) > _JUMP:
+        if db_now is None:
+            self._app.db.write(self._sign_on)
+        elif abs(self._app.clock.anchor(db_now)) > _JUMP:
             self._crew.realign()
 
     def _moved(self, session: Session) -> None:
@@ -262,6 +264,9 @@ class Service:
         elif self._place is not None:
             # The lock of this data folder is ours: whoever had it before is dead.
             issuances.free_dead_leases(tx, workers.bury_place(tx, self._place.name))
+        self._sign_on(tx)
+
+    def _sign_on(self, tx: Transaction) -> None:
         place = None if self._place is None else self._place.name
         workers.enter(tx, self._worker_id, socket.gethostname(), os.getpid(), version("certworker"), place)
 

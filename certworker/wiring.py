@@ -147,10 +147,10 @@ def open_app(settings: Settings) -> App:
         db.check_schema()
         sealer = make_sealer(settings)
         _check_kek(db, sealer)
+        return App(settings, db, sealer, DatabaseClock(db.now))
     except CertworkerError:
         db.close()
         raise
-    return App(settings, db, sealer, DatabaseClock(db.now))
 
 
 def kek_path(settings: Settings) -> Path:

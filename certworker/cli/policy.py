@@ -112,13 +112,13 @@ def remove(ctx: click.Context, policy_id: str) -> None:
     """Delete a policy. What it alone wanted is renewed no more, and served until it expires."""
     app = wiring.open_app(settings_of(ctx))
 
-    def delete(tx: Transaction) -> Policy:
-        one = _get(tx, policy_id)
-        policies.remove(tx, one.id)
-        _audit(tx, app, "policy.removed", one.id, {"domains": one.domains, "mode": one.mode}, removed=True)
-        return one
+    one = app.db.read(lambda tx: _get(tx, policy_id))
 
-    one = app.db.write(delete)
+    def delete(tx: Transaction) -> None:
+        if policies.remove(tx, one.id):  # not if the answer to that commit was lost, and it is said again
+            _audit(tx, app, "policy.removed", one.id, {"domains": one.domains, "mode": one.mode}, removed=True)
+
+    app.db.write(delete)
     app.close()
     click.echo(f"removed policy {one.id}: {', '.join(map(str, one.domains))}")
 
@@ -129,8 +129,9 @@ def _set_paused(ctx: click.Context, policy_id: str, *, paused: bool) -> None:
     def change(tx: Transaction) -> Policy:
         one = _get(tx, policy_id)
         now = app.clock()
-        policies.set_paused(tx, one.id, now if paused else None, now)
-        _audit(tx, app, "policy.paused" if paused else "policy.resumed", one.id, {"paused": paused})
+        if paused != (one.paused_at is not None):
+            policies.set_paused(tx, one.id, now if paused else None, now)
+            _audit(tx, app, "policy.paused" if paused else "policy.resumed", one.id, {"paused": paused})
         return one
 
     one = app.db.write(change)

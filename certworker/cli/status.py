@@ -10,10 +10,12 @@ from certworker.cli.main import settings_of
 from certworker.cli.output import count, json_option, print_json, print_table
 from certworker.core.names import check_name
 from certworker.errors import UnknownName
+from certworker.steps.gate import incident
 from certworker.steps.publish import FAULTS
 from certworker.steps.verify import missing
 from certworker.store import lineages, nodes, policies, report, settings_kv, versions
 from certworker.store.database import Transaction
+from certworker.store.lineages import LeftOut
 from certworker.wiring import App
 
 _MOST = 10_000
@@ -45,11 +47,12 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
     live_names = {node.node_id for node in live}
     rows = report.lineage_rows(tx, name, limit=_MOST)
     unserved = lineages.unserved_among(tx, [row["id"] for row in rows if row["served_at"] is None])
+    left_out = lineages.left_out_among(tx, [row["id"] for row in rows if len(row["dns_names"]) > 1])
     shown_lineages = []
     for row in rows:
         waits = unserved.get(row["id"])
         lacking = [] if waits is None else [why for node in live if (why := missing(waits, node))]
-        shown_lineages.append(_lineage(row, lacking))
+        shown_lineages.append(_lineage(row, lacking, left_out.get(row["id"], [])))
     published = versions.find_published(tx)
     faults = settings_kv.find(tx, FAULTS)
     return {
@@ -64,23 +67,30 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
              "heartbeat_at": node.heartbeat_at, "live": node.node_id in live_names, "error": node.error}
             for node in nodes.list_all(tx)
         ],
+        "ca": incident(tx, app.settings.acme_directory_url, app.clock()),
         "published": None if published is None else {"id": published.id, "number": published.number},
         "publish_faults": [] if faults is None else json.loads(faults),
         "truncated": max(len(found), len(rows)) >= _MOST,
     }  # fmt: skip
 
 
-def _lineage(row: dict[str, Any], lacking: list[str]) -> dict[str, Any]:
+def _lineage(row: dict[str, Any], lacking: list[str], left_out: list[LeftOut]) -> dict[str, Any]:
+    start, end = row["window_start"], row["window_end"]
     return {
         "id": row["id"], "names": row["dns_names"], "status": row["status"], "error": row["error"],
         "next_check_at": row["next_check_at"], "served_at": row["served_at"], "not_served_by": lacking,
         "failures": row["failures"], "issuance": row["state"], "attempt_at": row["attempt_at"],
         "serial": row["serial"], "fingerprint_sha256": row["fingerprint"], "issuer": row["issuer"],
         "expires_at": row["expires_at"], "certificate_status": row["certificate_status"], "renew_at": row["renew_at"],
+        "suggested_window": None if start is None else {"start": start, "end": end, "explanation": row["window_url"]},
+        "renewal_info_error": row["ari_error"],
+        "left_out": [{"name": x.dns_name, "error": x.error, "next_attempt_at": x.probe_at} for x in left_out],
     }  # fmt: skip
 
 
 def _print(document: dict[str, Any]) -> None:
+    if document["ca"] is not None:
+        _print_incident(document["ca"])
     rows = [(p["names"], p["mode"], p["status"] + (" (paused)" if p["paused"] else "")) for p in document["policies"]]
     print_table(count(len(rows), "policy", "policies"), ("names", "mode", "status"), rows)
     for policy in document["policies"]:
@@ -98,6 +108,8 @@ def _print(document: dict[str, Any]) -> None:
     for lineage in document["lineages"]:
         if lineage["error"]:
             _print_error(lineage)
+        for name in lineage["left_out"]:
+            click.echo(f"  without {name['name']}: {name['error']['hint']}; tried again at {name['next_attempt_at']}")
     if document["nodes"]:
         click.echo()
         heads = ("node", "live", "revision", "heartbeat", "error")
@@ -118,6 +130,15 @@ def _served(lineage: dict[str, Any], known: list[dict[str, Any]]) -> str:
     if lineage["not_served_by"]:
         return "not yet: " + "; ".join(lineage["not_served_by"])
     return "" if lineage["expires_at"] is None else ("not yet" if known else "no nodes")
+
+
+def _print_incident(incident: dict[str, Any]) -> None:
+    """Show why the CA is asked for nothing."""
+    error, since = incident["error"] or {}, incident["since"]
+    click.echo(f"the CA {incident['directory_url']} is {incident['state']}" + (f" since {since}" if since else ""))
+    click.echo(f"  said: {error.get('detail')}")
+    click.echo(f"  hint: {error.get('hint')}")
+    click.echo(f"  next attempt: {incident['next_attempt_at'] or 'now'}\n")
 
 
 def _print_error(lineage: dict[str, Any]) -> None:

@@ -55,11 +55,11 @@ class Crew:
         heartbeat: timedelta = issuances.HEARTBEAT,
         poll: timedelta = POLL,
         may_order: Callable[[], bool] = lambda: True,
-        beaten: Callable[[datetime], object] = lambda _db_now: None,
+        beaten: Callable[[datetime | None], object] = lambda _db_now: None,
     ) -> None:
         """Work on what is due while `may_order`: a CA that looks before a proxy can answer fails the name.
 
-        `beaten` is told the database's time with every heartbeat.
+        `beaten` is told the database's time with every heartbeat, None when it was taken for dead.
         """
         self._bench = bench
         self._worker_id = worker_id
@@ -282,9 +282,7 @@ class Crew:
         while not self._cut.wait(self._heartbeat.total_seconds()):
             try:
                 self._extend_leases()
-                db_now = self._reserved.write(lambda tx: workers.beat(tx, self._worker_id))
-                if db_now is not None:
-                    self._beaten(db_now)
+                self._beaten(self._reserved.write(lambda tx: workers.beat(tx, self._worker_id)))
             except StoreError as error:
                 _log.warning("leases.database", extra={"error": str(error)})
             except Exception:  # noqa: BLE001 - without this thread every lease would run out

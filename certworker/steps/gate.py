@@ -18,7 +18,7 @@ from certworker.core import breaker
 from certworker.core.breaker import Breaker, Closed, Free, State, Trial
 from certworker.core.retry import Failure
 from certworker.errors import CaError
-from certworker.store import breakers
+from certworker.store import breakers, lineages
 from certworker.store.database import Database, Transaction
 
 _log = logging.getLogger(__name__)
@@ -124,7 +124,9 @@ class Gate:
     def resume(self) -> None:
         """End a pause: the operator says that they have acted."""
         self.refresh()
-        self._change(breaker.resume)
+        if self._change(breaker.resume):
+            now = self._clock()
+            self._db.write(lambda tx: lineages.try_refused_again(tx, self._directory_url, now))
 
     def _takes_trial(self, now: datetime) -> bool:
         if self._tries(now):

@@ -351,6 +351,16 @@ def record_error(
     tx.execute(update(lineages).where(lineages.c.id == lineage_id).values(error=error, updated_at=now))
 
 
+def try_refused_again(tx: Connection, directory_url: str, now: datetime) -> int:
+    """Let what failed because of the account at this CA be tried now: somebody has acted; return how many.
+
+    Reads all lineages of the CA: for a person's command, not for every pass.
+    """
+    refused = (lineages.c.directory_url == directory_url, lineages.c.error["scope"].as_string() == "account")
+    waiting = update(lineages).where(*refused, lineages.c.next_check_at > now)
+    return tx.execute(waiting.values(next_check_at=now, updated_at=now)).rowcount
+
+
 def record_failure(
     tx: Connection, lineage_id: str, error: dict[str, Any], *, failures: int, next_check_at: datetime, now: datetime
 ) -> None:

@@ -23,7 +23,8 @@ def lineage_rows(tx: Connection, dns_name: str | None = None, limit: int = 10_00
     query = (
         select(
             lineages.c.id, lineages.c.dns_names, lineages.c.status, lineages.c.error, lineages.c.next_check_at,
-            lineages.c.renew_at, lineages.c.failures, lineages.c.served_at, certificates.c.serial,
+            lineages.c.renew_at, lineages.c.window_start, lineages.c.window_end, lineages.c.window_url,
+            lineages.c.ari_error, lineages.c.failures, lineages.c.served_at, certificates.c.serial,
             certificates.c.fingerprint, certificates.c.issuer, certificates.c.expires_at,
             certificates.c.status.label("certificate_status"), certificates.c.revision,
             certificates.c.id.label("certificate_id"),

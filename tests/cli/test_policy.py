@@ -151,7 +151,7 @@ def test_pause_resume_remove(cli: Cli) -> None:
     assert cli("policy", "list", "--json").json == []
 
     assert [name for name in cli.audited() if name.startswith("policy.")] == [
-        "policy.added", "policy.paused", "policy.paused", "policy.resumed", "policy.removed",
+        "policy.added", "policy.paused", "policy.resumed", "policy.removed",
     ]  # fmt: skip
     assert cli.sql("SELECT DISTINCT actor FROM audit_logs WHERE action LIKE 'policy.%ed'") == [("operator",)]
 
