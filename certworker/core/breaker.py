@@ -215,7 +215,8 @@ def _limit(breaker: Breaker, failure: Failure, lineage_id: str, now: datetime, d
     limited = (*recent, Limited(lineage_id, now, until))
     if len(limited) < _LIMITED_LINEAGES:
         return replace(breaker, limited=limited)
-    return _leave_alone(replace(breaker, limited=()), failure, max(one.until for one in limited))
+    # Perhaps it was the names after all, and their own limits last for days: nobody else waits that long.
+    return _leave_alone(replace(breaker, limited=()), failure, min(until, now + _LIMITED_FOR))
 
 
 def _leave_alone(breaker: Breaker, failure: Failure, until: datetime) -> Breaker:

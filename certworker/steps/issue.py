@@ -74,7 +74,7 @@ def advance(bench: Bench, session: Session) -> None:
     except CaError as error:
         trouble.meet(bench, session, error, doing or Endpoint.ORDER)
     else:
-        if doing is not None and action is not Action.INTEND_ORDER:
+        if doing is not None and action is not Action.INTEND_ORDER and session.issuance.is_open:
             bench.gate.succeeded()
     if session.issuance is not before:
         bench.moved(session)

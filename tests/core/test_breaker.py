@@ -259,8 +259,8 @@ def test_a_wait_holds_probes_and_trials_too() -> None:
     ("lineages", "apart", "waits", "expected"),
     [
         ("abc", MINUTE, [None, None, None], 2 * MINUTE + HOUR),
-        ("abc", MINUTE, [3 * HOUR, MINUTE, MINUTE], 3 * HOUR),
-        ("abc", MINUTE, [9 * DAY, MINUTE, MINUTE], DAY),
+        ("abc", MINUTE, [3 * HOUR, MINUTE, MINUTE], 3 * MINUTE),
+        ("abc", MINUTE, [MINUTE, MINUTE, 9 * DAY], 2 * MINUTE + HOUR),
         ("ababab", SECOND, [None] * 6, None),
         ("abc", 3 * MINUTE, [None, None, None], None),
         ("ab", SECOND, [None, None], None),
@@ -269,7 +269,7 @@ def test_a_wait_holds_probes_and_trials_too() -> None:
 def test_three_limited_orders_are_a_limit_on_the_account(
     lineages: str, apart: timedelta, waits: list[timedelta | None], expected: timedelta | None
 ) -> None:
-    """Different ones, within five minutes: everybody waits the longest of their waits, or an hour."""
+    """Different ones, within five minutes: everybody waits as long as the last one, but no more than an hour."""
     breaker, now = Breaker(), NOW - apart
     for lineage, wait in zip(lineages, waits, strict=True):
         now += apart

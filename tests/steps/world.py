@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import text
 
 from certworker.ca.client import Client
+from certworker.ca.transport import Http
 from certworker.core.budget import Limits
 from certworker.steps.gate import Gate
 from certworker.steps.issue import advance
@@ -62,9 +63,9 @@ class World:
             return None
         return self.db.read(lambda tx: challenges.find_key_authorization(tx, token))
 
-    def bench(self) -> Bench:
+    def bench(self, http: Http | None = None) -> Bench:
         """Return a bench as a new process would have it: nothing remembered."""
-        client = Client(self.ca.directory_url, self.ca.http, self.clock)
+        client = Client(self.ca.directory_url, http or self.ca.http, self.clock)
         accounts = Accounts(self.db, client, self.sealer, self.clock, self.registration)
         gate = Gate(self.db, self.ca.directory_url, self.clock, lambda: self.draw, self.worker, "as in tests")
         return Bench(
