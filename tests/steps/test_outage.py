@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 import pytest
 
@@ -140,7 +141,7 @@ def test_three_days_without_a_ca_cost_no_certificate(world: World) -> None:
     assert waiting > 20
     assert world.rows(EXPIRED) == [(0,)]
     late = [at for at in asked if at > asked[0] + timedelta(minutes=15)]
-    assert all(later - earlier >= timedelta(minutes=5) for earlier, later in zip(late, late[1:], strict=False))
+    assert all(later - earlier >= timedelta(minutes=5) for earlier, later in pairwise(late))
     assert len(late) <= 3 * 24 * 12
     assert cleared <= timedelta(hours=6)
     assert most_within(line, timedelta(hours=3)) <= 290
