@@ -227,8 +227,12 @@ def test_nothing_is_sent_under_a_lease_that_was_lost_meanwhile(world: World) -> 
     """A thread that was held up makes sure first; the other worker's session goes on alone."""
     world.add_policy("a.example.com")
     world.take_over()
-    crew = Crew(world.bench(), world.worker, 1)
+    bench = world.bench()
+    crew = Crew(bench, world.worker, 1)
     (session,) = crew._take(world.clock(), 1)
+    while session.issuance.state != "ordered":
+        advance(bench, session)
+    session.look_anew()  # the next thing it does is to ask
     session.kept_at -= 26
     world.crash()
     world.worker = "00000000-0000-4000-8000-00000000000f"
