@@ -23,8 +23,8 @@ def test_a_request_of_the_dead(rig: Rig, route: str, orders: int) -> None:
     with OneActive(rig.url):
         rig.worker.start()
         until(lambda: late.reached)
-        rig.kill()
-        rig.worker.start()
+        rig.worker.kill()
+        rig.start_again()
         until(lambda: rig.serial(NAME) is not None)
         late.release()
         until(lambda: rig.proxy.seen(route)[0].answer is not None)
@@ -41,13 +41,13 @@ def test_the_ca_looks_when_nobody_answers(rig: Rig) -> None:
     rig.want(NAME)
     rig.worker.start()
     until(lambda: late.reached)
-    rig.kill()
+    rig.worker.kill()
     late.release()
     (authorization,) = rig.proxy.seen("authorization")
     looked = f"authz {authorization.path.rpartition('/')[2]} set INVALID"
     until(lambda: looked in rig.ca.log_path.read_text())
 
-    rig.worker.start()
+    rig.start_again()
     until(lambda: rig.issuance(NAME).state == "failed")
     failed = rig.issuance(NAME)
     assert failed.error["class"] == "validation"

@@ -66,6 +66,7 @@ def test_all_is_well_and_then_it_is_not(done: Rig) -> None:
         assert_pairs(done)
 
 
+@pytest.mark.parametrize("rig", ["sqlite"], indirect=True)
 def test_none_and_two_are_seen(done: Rig) -> None:
     """A lineage that has lost its active certificate, and one that has gained a second."""
     watch = OneActive(done.url)

@@ -122,11 +122,11 @@ class Rig:
         """`sqlite` or `postgresql`."""
         return self.db.engine.dialect.name
 
-    def kill(self) -> None:
-        """Kill the worker; what is started in its place finds its leases."""
-        self.worker.kill()
+    def start_again(self) -> None:
+        """Start the worker in the place of the one that was killed."""
         if LEASES_END_BY_HAND:
             self.end_leases()
+        self.worker.start()
 
     # -- what is wanted -------------------------------------------------------------------------------
 
