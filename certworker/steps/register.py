@@ -123,7 +123,7 @@ class Accounts:
             raise AccountGone(_DELETED)
         return None if stored.is_rolling(self.clock()) else self.open(stored).key
 
-    def recover(self, account_id: str, refused: Account | None = None, code: str = _UNKNOWN) -> bool:
+    def recover(self, account_id: str, refused: Account, code: str) -> bool:
         """The CA answered with the error `code` to what `refused` signed: say whether the account was why.
 
         True: it has another key or URL by now, or was made again, and the same request may be tried once
@@ -138,7 +138,7 @@ class Accounts:
         if stored is None:
             return True  # the next try says so
         self.refuse_deactivated(stored)
-        if refused is not None and stored.account_url is not None and self.open(stored) != refused:
+        if stored.account_url is not None and self.open(stored) != refused:
             return True
         if code == _SIGNATURE_REFUSED and stored.pending_key is None:
             return False
@@ -158,9 +158,7 @@ class Accounts:
     def add(self, in_place_of: StoredAccount | None = None, actor: str = audit.WORKER) -> StoredAccount:
         """Commit a key for the default account, the first one or `in_place_of` another; TermsNotAgreed before."""
         asked = self.registration
-        terms = self.client.directory().terms_of_service
-        if terms and not asked.terms_agreed:
-            raise TermsNotAgreed(terms)
+        self._check_terms()
         key_pem, kid = AccountKey.generate().to_pem(), asked.external.kid if asked.external else None
         contacts, now = list(asked.contacts), self.clock()
 
@@ -256,6 +254,7 @@ class Accounts:
             agreed_at = now if self.registration.terms_agreed else None
             asked = None if actor == audit.WORKER else (actor, now)
             self.db.write(lambda tx: accounts.record_registered(tx, account_id, url, agreed_at, asked))
+            _log.info("account.registered", extra={"account": account_id, "url": url})
         elif may_make:
             self.record(stored, self._make(stored), actor, made_again=True)
         else:
@@ -289,14 +288,19 @@ class Accounts:
 
     def _make(self, stored: StoredAccount) -> Found:
         """Send newAccount with the key of the row, if our own limits allow it."""
-        asked, now = self.registration, self.clock()
-        key = self.read_key(stored, stored.key)
-        charges = charges_of_account(asked.limits)
+        asked, key = self.registration, self.read_key(stored, stored.key)
+        self._check_terms()  # and with them that the CA is there: one that is not would cost tokens for nothing
+        charges, now = charges_of_account(asked.limits), self.clock()
         refusal = self.db.write(lambda tx: budget.spend(tx, asked.directory_url, charges, stored.id, now))
         if refusal is not None:
             raise OverBudget(refusal.bucket, refusal.until - now)
         made = self.client.new_account(key, asked.contacts, asked.terms_agreed, asked.external)
         return Found(stored.key or "", made)
+
+    def _check_terms(self) -> None:
+        terms = self.client.directory().terms_of_service
+        if terms and not self.registration.terms_agreed:
+            raise TermsNotAgreed(terms)
 
     def _refuse_replaced(self, stored: StoredAccount) -> None:
         used = self.find_default()

@@ -36,6 +36,7 @@ from tests.ca.fake_state import FakeAccount
 
 from .world import World
 
+UNKNOWN = "accountDoesNotExist"
 EAB_SECRET = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"
 
 
@@ -215,6 +216,21 @@ def test_our_own_limit_holds_new_accounts_back(world: World) -> None:
     assert len(world.ca.accounts) == 1
 
 
+def test_a_ca_that_is_not_there_costs_no_token(world: World) -> None:
+    """A machine that starts before its network: the first newAccount is sent when it can be."""
+    limits = Limits(accounts=Limit(1, timedelta(hours=1)))
+    world.registration = replace(world.registration, limits=limits)
+    worker(world).add()
+    world.ca.fail_next("GET", "/directory", raises=lost("/directory"), times=3)
+    for _ in range(3):
+        with pytest.raises(TransportFault):
+            worker(world).default()
+
+    worker(world).default()
+
+    assert len(world.ca.accounts) == 1
+
+
 # -- recovery -----------------------------------------------------------------------------------------
 
 
@@ -225,7 +241,7 @@ def test_a_forgotten_account_is_made_again_at_a_private_ca(world: World, caplog:
     account_id, before = ours.default()
     reset_ca(world)
 
-    assert ours.recover(account_id, before)
+    assert ours.recover(account_id, before, UNKNOWN)
 
     after = ours.get(account_id)
     assert after.key == before.key
@@ -245,7 +261,7 @@ def test_a_forgotten_account_at_a_public_ca_is_a_persons(world: World) -> None:
     reset_ca(world)
 
     with pytest.raises(AccountForgotten) as caught:
-        ours.recover(account_id, before)
+        ours.recover(account_id, before, UNKNOWN)
 
     failure = classify(caught.value, Endpoint.NEW_ORDER)
     assert failure.error_class is ErrorClass.ACTION_REQUIRED
@@ -256,7 +272,7 @@ def test_a_forgotten_account_at_a_public_ca_is_a_persons(world: World) -> None:
 
     done = register(worker(world))
     assert done.outcome == "recovered"
-    assert ours.recover(account_id, before)
+    assert ours.recover(account_id, before, UNKNOWN)
     assert ours.get(account_id) == Account(str(done.account.account_url), before.key)
     assert audited(world) == ["account.forgotten"]
 
@@ -269,7 +285,7 @@ def test_an_account_that_moved_is_found_by_its_key(world: World) -> None:
     account.url = "https://ca.test/account/moved"
     world.ca.accounts[account.url] = account
 
-    assert ours.recover(account_id, before)
+    assert ours.recover(account_id, before, UNKNOWN)
 
     assert ours.get(account_id) == Account(account.url, before.key)
     assert audited(world) == ["account.moved"]
@@ -283,7 +299,7 @@ def test_many_recover_at_once_with_one_result(world: World) -> None:
     reset_ca(world)
 
     def recover(ours: Accounts, account_id: str, refused: Account) -> Callable[[], object]:
-        return lambda: ours.recover(account_id, refused)
+        return lambda: ours.recover(account_id, refused, UNKNOWN)
 
     pairs = zip(workers, opened, strict=True)
     results = in_threads([recover(ours, *one) for ours, one in pairs for _ in range(4)])
@@ -332,7 +348,7 @@ def test_an_account_whose_row_is_gone_is_said_at_the_next_use(world: World) -> N
     account_id, refused = ours.default()
     world.execute("DELETE FROM acme_accounts")
 
-    assert ours.recover(account_id, refused)
+    assert ours.recover(account_id, refused, UNKNOWN)
     with pytest.raises(AccountGone):
         worker(world).get(account_id)
     with pytest.raises(AccountGone):
