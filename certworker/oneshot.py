@@ -69,7 +69,8 @@ class Renewal:
 
     @property
     def succeeded(self) -> bool:
-        return not self.of("failed") and not self.of("waiting")
+        lacking = any(one.left_out for one in self.outcomes)
+        return not lacking and not self.of("failed") and not self.of("waiting")
 
     def document(self) -> dict[str, Any]:
         """Return it as `renew --json` prints it."""

@@ -216,6 +216,9 @@ class Service:
     def issuances_in_flight(self) -> int:
         return self._crew.in_flight
 
+    def ca_available(self) -> bool:
+        return self._bench.gate.closed_until() is None
+
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         return self._app.db.read(report.counts)
 

@@ -20,6 +20,9 @@ class Facts(Protocol):
     def issuances_in_flight(self) -> int:
         """Return how many issuances this worker holds."""
 
+    def ca_available(self) -> bool:
+        """Say whether the CA may be asked now."""
+
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         """Return rows by status: `certificates`, `policies`, `open_issuances`."""
 
@@ -43,6 +46,11 @@ class FactsCollector(Collector):
         in_flight = GaugeMetricFamily("certworker_issuances_in_flight", "Issuances this worker holds")
         in_flight.add_metric([], self._facts.issuances_in_flight())
         yield in_flight
+        available = GaugeMetricFamily(
+            "certworker_ca_available", "1 if the CA may be asked, 0 while its breaker is open"
+        )
+        available.add_metric([], int(self._facts.ca_available()))
+        yield available
         for table, by_status in self._facts.counts().items():
             family = GaugeMetricFamily(f"certworker_{table}", f"Rows of {table} by status", labels=["status"])
             for status, count in sorted(by_status.items()):

@@ -80,11 +80,12 @@ def _print(done: Renewal) -> None:
 
 
 def _line(one: Outcome) -> str:
-    name = ", ".join(one.ticket.dns_names[:5])
+    name = ", ".join([name for name in one.ticket.dns_names if name not in one.left_out][:5])
     if one.result == "renewed":
         served = {True: ", served", False: ", not yet served by every node", None: ""}[one.served]
         expires = "" if one.expires_at is None else f", valid until {one.expires_at:%Y-%m-%d %H:%M}Z"
-        return f"renewed {name}: serial {one.serial}{expires}{served}"
+        without = f", without {', '.join(one.left_out)} (see `certworker status`)" if one.left_out else ""
+        return f"renewed {name}: serial {one.serial}{expires}{served}{without}"
     if one.error is None:
         return f"{one.result} {name}"
     error = one.error

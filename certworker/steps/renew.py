@@ -74,6 +74,8 @@ class Outcome:
     """When a waiting one is tried again."""
     state: str = ""
     """The state of its issuance."""
+    left_out: tuple[str, ...] = ()
+    """Names that the CA refused, and that the new certificate does not have."""
 
     def document(self) -> dict[str, Any]:
         """Return it as `renew --json` shows it."""
@@ -81,6 +83,7 @@ class Outcome:
         if self.result == "renewed":
             expires_at = None if self.expires_at is None else self.expires_at.isoformat()
             shown |= {"serial": self.serial, "expires_at": expires_at, "fingerprint_sha256": self.fingerprint}
+            shown |= {"left_out": list(self.left_out)} if self.left_out else {}
         else:
             shown["error"] = {key: self._error().get(key) for key in ("class", "type", "detail", "retry_at", "hint")}
         return shown
@@ -125,12 +128,14 @@ def outcome(db: Database, ticket: Ticket, *, has_nodes: bool) -> Outcome:
 def _judge(tx: Connection, ticket: Ticket, issuance: Issuance, lineage: Lineage, has_nodes: bool) -> Outcome:
     match State(issuance.state):
         case State.DONE:
+            ordered = issuance.dns_names or lineage.dns_names
             served = None if not has_nodes else lineage.served_at is not None
             certificate = certificates.find_of_lineage(tx, lineage.id)
             expires_at = None if certificate is None else certificate.expires_at
             return Outcome(
                 ticket, "renewed", serial=issuance.serial, fingerprint=issuance.fingerprint,
                 expires_at=expires_at, served=served,
+                left_out=tuple(name for name in lineage.dns_names if name not in ordered),
             )  # fmt: skip
         case State.FAILED:
             return Outcome(ticket, "failed", error=issuance.error)

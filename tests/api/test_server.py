@@ -20,6 +20,7 @@ class World:
 
     scanned_at: datetime | None = NOW
     database_down: bool = False
+    ca_down: bool = False
     found: dict[str, dict[str, int]] = field(default_factory=lambda: {"certificates": {"active": 3}})
 
     def now(self) -> datetime:
@@ -32,6 +33,9 @@ class World:
 
     def issuances_in_flight(self) -> int:
         return 7
+
+    def ca_available(self) -> bool:
+        return not self.ca_down
 
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         return self.found
@@ -103,6 +107,7 @@ def test_metrics_show_the_facts(get: Callable[[str], tuple[int, str]]) -> None:
 
     assert status == 200
     assert "certworker_issuances_in_flight 7.0" in body
+    assert "certworker_ca_available 1.0" in body
     assert 'certworker_certificates{status="active"} 3.0' in body
     assert 'certworker_step_errors_total{step="scan"} 2.0' in body
     assert 'certworker_challenge_answers_total{kind="answered"} 5.0' in body
