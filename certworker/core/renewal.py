@@ -146,8 +146,9 @@ def choose_moment(window: Window, validity: Validity, draw: float) -> datetime:
     """
     first = max(window.start, validity.not_before)
     last = window.end - min(_MARGIN, (window.end - window.start) / 10)
-    moment = first + (last - first) * draw if last > first else first
-    return _whole_second(_before_last_resort(moment, first, last, validity))
+    if last <= first:
+        return first
+    return _whole_second(_before_last_resort(first + (last - first) * draw, first, last, validity))
 
 
 def _before_last_resort(moment: datetime, first: datetime, last: datetime, validity: Validity) -> datetime:

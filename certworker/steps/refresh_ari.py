@@ -84,7 +84,7 @@ class _Pass:
     """What a thread met that is none of the CA's trouble: no database, say."""
 
     def goes_on(self) -> bool:
-        return self.silent < _GIVE_UP and self.fault is None and self.going() and not self.closed()
+        return self.silent < _GIVE_UP and self.going() and not self.closed()
 
     def take(self) -> list[Watched] | None:
         url = self.client.directory_url
