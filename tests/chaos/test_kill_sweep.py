@@ -153,7 +153,7 @@ def test_one_certificate_whatever_dies(point: Point, rig: Rig, record_property: 
     with OneActive(rig.url) as watch:
         dead = kill_at(point, rig, rig.worker.start)
         assert (rig.accounts(), rig.orders(), len(rig.ledger())) == point.at_ca
-        rig.start_again()
+        rig.worker.start()
         until(lambda: rig.serial(NAME) is not None)
         resumed = time.monotonic() - rig.worker.started_at
         done = rig.issuance(NAME)
@@ -203,7 +203,7 @@ def test_a_renewal_is_killed(point: Point, rig: Rig, record_property: Callable[[
     with OneActive(rig.url) as watch:
         dead = kill_at(point, rig, rig.want_renewal)
         assert rig.serial(NAME) == first
-        rig.start_again()
+        rig.worker.start()
         until(lambda: rig.serial(NAME) != first)
         resumed = time.monotonic() - rig.worker.started_at
         record_property("kill", describe(rig, replace(point, name=f"{point.name} renewal"), resumed, wanted=2))
@@ -231,9 +231,9 @@ def test_a_delivery_is_killed(rig: Rig, record_property: Callable[[str, object],
     """Killed between activation and heartbeat, and between heartbeat and `served_at`: served, and not ordered again."""
     rig.box.configure(NAME)
     for point in DELIVERY_POINTS:
-        kill_at(point, rig, rig.start_again)
+        kill_at(point, rig, rig.worker.start)
         assert not rig.is_served(NAME)
-    rig.start_again()
+    rig.worker.start()
     until(lambda: rig.is_served(NAME))
     resumed = time.monotonic() - rig.worker.started_at
     record_property("kill", {**describe(rig, DELIVERY_POINTS[1], resumed), "point": "K23, K24", "kills": 2})

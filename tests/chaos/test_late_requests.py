@@ -24,7 +24,7 @@ def test_a_request_of_the_dead(rig: Rig, route: str, orders: int) -> None:
         rig.worker.start()
         until(lambda: late.reached)
         rig.worker.kill()
-        rig.start_again()
+        rig.worker.start()
         until(lambda: rig.serial(NAME) is not None)
         late.release()
         until(lambda: rig.proxy.seen(route)[0].answer is not None)
@@ -47,7 +47,7 @@ def test_the_ca_looks_when_nobody_answers(rig: Rig) -> None:
     looked = f"authz {authorization.path.rpartition('/')[2]} set INVALID"
     until(lambda: looked in rig.ca.log_path.read_text())
 
-    rig.start_again()
+    rig.worker.start()
     until(lambda: rig.issuance(NAME).state == "failed")
     failed = rig.issuance(NAME)
     assert failed.error["class"] == "validation"

@@ -32,8 +32,6 @@ from tests.flow.test_takeover import masters
 from .pgproxy import PostgresProxy
 from .proxy import FaultProxy
 
-LEASES_END_BY_HAND = True
-"""On PostgreSQL a lease of a killed worker lasts 60 s, whoever comes next: shorten it."""
 _STOP_LIMIT = 30
 
 
@@ -121,12 +119,6 @@ class Rig:
     def database(self) -> str:
         """`sqlite` or `postgresql`."""
         return self.db.engine.dialect.name
-
-    def start_again(self) -> None:
-        """Start the worker in the place of the one that was killed."""
-        if LEASES_END_BY_HAND:
-            self.end_leases()
-        self.worker.start()
 
     # -- what is wanted -------------------------------------------------------------------------------
 
