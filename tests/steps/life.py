@@ -148,8 +148,12 @@ class Life:
                 if session.wait_until - self.clock() > MINUTE:
                     self.give_back(session, session.wait_until)
                 else:
-                    self.clock.now = max(self.clock(), session.wait_until)
+                    self.wait(session.wait_until)
         return session
+
+    def wait(self, until: datetime) -> None:
+        """Let the time come that an issuance waits for."""
+        self.clock.now = max(self.clock(), until)
 
     def give_back(self, session: Session, until: datetime) -> None:
         now, db = self.clock(), self.world.db
