@@ -53,7 +53,7 @@ def test_the_ca_looks_when_nobody_answers(rig: Rig) -> None:
     assert failed.error["class"] == "validation"
     assert failed.error["retry_at"] > failed.error["at"]
     assert rig.orders() == 1
-    rig.want_renewal()
+    rig.look_again()
     until(lambda: rig.serial(NAME) is not None)
 
     assert_all_well(rig)

@@ -26,7 +26,7 @@ from certworker.store.database import Database, open_database
 from certworker.store.rows import new_id
 from certworker.store.seal import Sealer
 from certworker.store.tables import certificates, issuances, lineage_names, lineages, tls_policies
-from tests.flow.box import Box
+from tests.flow.box import Box, until
 from tests.flow.test_takeover import masters
 
 from .pgproxy import PostgresProxy
@@ -128,8 +128,17 @@ class Rig:
         self.db.write(lambda tx: tx.execute(policy))
 
     def want_renewal(self) -> None:
-        """Let every certificate be due now, as its plan would one day."""
-        self.execute("UPDATE lineages SET renew_at = created_at, next_check_at = created_at")
+        """Let every certificate be due now, as its plan would one day, once the CA's window has made the plan."""
+        unplanned = select(lineages.c.id).where(
+            lineages.c.certificate_id.is_not(None), lineages.c.window_start.is_(None)
+        )
+        until(lambda: not self.db.read(lambda tx: tx.execute(unplanned).all()))
+        self.execute("UPDATE lineages SET renew_at = created_at")
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Let the next scan look at every lineage, whatever was to be waited for."""
+        self.execute("UPDATE lineages SET next_check_at = created_at")
 
     def end_leases(self) -> None:
         """Let every lease end as if its time were over."""
