@@ -19,8 +19,8 @@ _TRIGGER = "chaos_hold"
 _VERBS = ("INSERT", "UPDATE")
 _COUNT_TO = 100_000_000
 """Takes SQLite some 20 s, while it holds the write lock."""
-_STEADY = 0.1
-"""Seconds for which the write lock must be seen held by one transaction."""
+_STEADY = 0.5
+"""Seconds for which the write lock must be seen held by one transaction; a commit to a busy disk is shorter."""
 
 
 class Held(ABC):

@@ -182,12 +182,16 @@ def kill_at(point: Point, rig: Rig, start: Callable[[], None]) -> Row[Any]:
     with ExitStack() as holds:
         reached = point.hold(rig, holds)
         start()
-        until(reached)
+        until(lambda: stands_at(point, rig) and reached())
         dead = rig.issuance(NAME)
-        assert dead.state == point.state
         rig.worker.kill()
-    assert rig.issuance(NAME).state == point.state
+    assert stands_at(point, rig)
     return dead
+
+
+def stands_at(point: Point, rig: Rig) -> bool:
+    """Say whether what is committed is what has to be committed at this point."""
+    return [issuance.state for issuance in rig.issuances(NAME)][-1:] == [point.state]
 
 
 RENEWAL_POINTS = [point for point in POINTS if point.name in ("K17", "K21")]
