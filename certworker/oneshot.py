@@ -152,6 +152,7 @@ class _Wait:
     def _look(self) -> bool:
         """Note what has happened since; say whether nothing more will before the deadline."""
         if self._bench is not None:
+            self._bench.gate.refresh()
             self._bench.gate.probe(self._bench.client)
             verify(self._app.db, self._app.clock, self._app.settings.node_silent)
         waiting = [ticket for ticket in self._tickets if ticket.issuance_id not in self._ended]
@@ -231,9 +232,7 @@ class _Wait:
         app.db.write(lambda tx: workers.enter(tx, worker_id, socket.gethostname(), os.getpid(), version("certworker")))
         self._stack.callback(app.db.write, lambda tx: workers.leave(tx, worker_id))
         expire(app.db, app.clock)
-        crew = Crew(
-            bench, worker_id, app.settings.concurrency, only, may_order=self._can_answer, beaten=self._beaten
-        )
+        crew = Crew(bench, worker_id, app.settings.concurrency, only, may_order=self._can_answer, beaten=self._beaten)
         responder = wiring.make_responder(app, crew.fetched)
         responder.start()
         self._stack.callback(responder.stop)

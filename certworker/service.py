@@ -47,8 +47,8 @@ _STEP = timedelta(seconds=8)
 _LOOK = timedelta(seconds=2)
 """How often the notes of changed rows are read: an empty look is one index probe."""
 _ARI = timedelta(seconds=10)
-_PROBE = timedelta(seconds=2)
-"""How often it is asked whether a CA that was in trouble is due to be tried."""
+_GATE = timedelta(seconds=2)
+"""How often a worker that claims nothing hears what the others know of the CA, and whether it is due to be tried."""
 _TOLD_POLL = timedelta(seconds=5)
 """How often a worker that is told of new work (LISTEN) looks by itself."""
 _JUMP = timedelta(seconds=30)
@@ -154,7 +154,7 @@ class Service:
             Job("expire", self._expire, min(_EXPIRE, interval)),
             Job("verify", self._verify, min(_LOOK, interval)),
             Job("refresh_ari", self._refresh_ari, min(_ARI, interval)),
-            Job("probe", lambda: self._bench.gate.probe(self._bench.client), _PROBE),
+            Job("gate", self._look_at_gate, _GATE),
             Job("reap", lambda: reap(self._app.db, self._app.clock), _REAP),
         ]
         if self._app.settings.auto_publish == "on":
@@ -179,6 +179,10 @@ class Service:
             trouble=lambda failure: bench.gate.failed(failure, ""),
         ):  # fmt: skip
             self._scan()
+
+    def _look_at_gate(self) -> None:
+        self._bench.gate.refresh()
+        self._bench.gate.probe(self._bench.client)
 
     def _expire(self) -> None:
         count = expire(self._app.db, self._app.clock)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
-from certworker.core.retry import Endpoint, ErrorClass, Failure, Scope, spread_wait
+from certworker.core.retry import LONGEST_RETRY_AFTER, Endpoint, ErrorClass, Failure, Scope, spread_wait
 
 
 class State(StrEnum):
@@ -92,6 +92,8 @@ _SOON = timedelta(minutes=10)
 """Of an outage that has lasted longer nobody expects that it ends in seconds."""
 _UNDER_WAY = timedelta(seconds=5)
 """When to look again while somebody reads the directory."""
+_SPREAD = 1.2
+"""More than a wait is ever spread by."""
 _CALM = timedelta(minutes=15)
 """A breaker that opens sooner than this after it closed goes on with its probes where they were."""
 _PAUSE = timedelta(hours=24)
@@ -105,7 +107,7 @@ _LIMITED_FOR = timedelta(hours=1)
 def admits(breaker: Breaker, now: datetime) -> Admission:
     """Say who may ask the CA at `now`."""
     waits = breaker.state in (State.OPEN, State.PAUSED)
-    until = max((at for at in (breaker.hold_until, breaker.probe_at if waits else None) if at), default=now)
+    until = max(_hold_end(breaker, now), _probe_time(breaker, now) if waits else now)
     if now < until:
         return Closed(until)
     match breaker.state:
@@ -115,6 +117,19 @@ def admits(breaker: Breaker, now: datetime) -> Admission:
             return Closed(now + _UNDER_WAY)
         case State.HALF_OPEN | State.PAUSED:
             return Trial()
+
+
+def _hold_end(breaker: Breaker, now: datetime) -> datetime:
+    return _end_of(breaker.hold_until, now, LONGEST_RETRY_AFTER)
+
+
+def _probe_time(breaker: Breaker, now: datetime) -> datetime:
+    return _end_of(breaker.probe_at, now, _PAUSE if breaker.state is State.PAUSED else _PROBES[-1])
+
+
+def _end_of(wait: datetime | None, now: datetime, longest: timedelta) -> datetime:
+    """Return when a wait ends; one longer than any that we begin was measured by a clock that ran ahead."""
+    return now if wait is None or wait - now > longest * _SPREAD else wait
 
 
 def after_success(breaker: Breaker, now: datetime) -> Breaker:
@@ -156,17 +171,23 @@ def begin_probe(breaker: Breaker, now: datetime, draw: float) -> Breaker | None:
 
     Committed before the directory is read: whoever dies while reading it has asked all the same.
     """
-    if breaker.state is not State.OPEN or now < max(breaker.probe_at or now, breaker.hold_until or now):
+    # Half open with nothing due to try would stay so: then the directory has to do.
+    asks = breaker.state is State.OPEN or (breaker.state is State.HALF_OPEN and breaker.probe_at is not None)
+    if not asks or now < max(_probe_time(breaker, now), _hold_end(breaker, now)):
         return None
     return _plan_probe(replace(breaker, probes=breaker.probes + 1), now, draw)
 
 
 def after_probe(breaker: Breaker, failure: Failure | None, now: datetime, draw: float) -> Breaker:
     """Return what becomes of it when the directory was read, or could not be: `failure`."""
-    if breaker.state is not State.OPEN:
+    if breaker.state not in (State.OPEN, State.HALF_OPEN):
         return breaker
+    if failure is None and breaker.state is State.HALF_OPEN:
+        return after_success(breaker, now)
     if failure is None:
-        return replace(breaker, state=State.HALF_OPEN, successes=0)
+        return replace(breaker, state=State.HALF_OPEN, successes=0, probe_at=now + spread_wait(_PROBES[-1], draw))
+    if breaker.state is State.HALF_OPEN:
+        return _fail(_hold(breaker, failure, now, draw), failure, now, draw)
     return replace(_hold(breaker, failure, now, draw), error=_describe(failure))
 
 

@@ -15,7 +15,7 @@ it by one `refill`, and from then on the bucket is full. Rows and locks are `sto
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -156,6 +156,11 @@ def _mend(full_at: datetime, now: datetime, limit: Limit) -> datetime:
     return min(max(full_at, now), now + limit.whole)
 
 
+def credit(full_at: datetime, limit: Limit) -> datetime:
+    """Return the `full_at` of a bucket that gets a token back; one that is full stays so."""
+    return full_at - limit.refill
+
+
 _LONGEST_QUEUE = timedelta(hours=24)
 """Whoever waits asks again at least once a day, or in the time its bucket takes to be full."""
 
@@ -177,6 +182,9 @@ def promise(promised_at: datetime | None, until: datetime, now: datetime, limit:
 
 _ORDERS, _ACCOUNTS = "orders", "accounts"
 _RUNAWAY, _NAMES, _DOMAIN, _VALIDATIONS = "runaway:", "names:", "domain:", "validations:"
+_RENEWALS = 4
+"""A certificate is renewed twice in its life at most, and the guard lets twice as many through."""
+_SHORTEST_REFILL = timedelta(seconds=1)
 _RESERVE = 5
 """One in so many orders is left for certificates that are about to end."""
 
@@ -196,14 +204,15 @@ class Charge:
 
 
 def charges_of_order(
-    limits: Limits, dns_names: Collection[str], names_hash: str, *, urgent: bool, renewal: bool, replaces: str | None
-) -> tuple[Charge, ...]:
-    """Return what an order for `dns_names` asks.
+    limits: Limits, dns_names: Collection[str], names_hash: str, *, urgent: bool, renewal: bool, replaces: str | None,
+    lifetime: timedelta | None = None,
+) -> tuple[Charge, ...]:  # fmt: skip
+    """Return what an order for `dns_names` asks; `lifetime` is that of the certificate they have now.
 
     At Let's Encrypt a `renewal` (this very set had a certificate before) does not count below a registered
     domain, and one that `replaces` a certificate (RFC 9773 §5) not for its set of names either.
     """
-    charges = [Charge(f"{_RUNAWAY}{names_hash}", limits.runaway)]
+    charges = [Charge(f"{_RUNAWAY}{names_hash}", _guard(limits.runaway, lifetime))]
     if limits.orders:
         charges.append(Charge(_ORDERS, limits.orders, reserve=0 if urgent else limits.orders.burst // _RESERVE))
     if limits.names and not replaces:
@@ -215,6 +224,18 @@ def charges_of_order(
         names = sorted(set(dns_names))
         charges += [Charge(validations_bucket(name), limits.validations, only_asked=True) for name in names]
     return tuple(replace(charge, urgent=urgent) for charge in charges)
+
+
+def _guard(limit: Limit, lifetime: timedelta | None) -> Limit:
+    """Return the guard for certificates of this lifetime: short ones are renewed more often, and no loop is that."""
+    if lifetime is None:
+        return limit
+    return replace(limit, refill=max(min(limit.refill, lifetime / _RENEWALS), _SHORTEST_REFILL))
+
+
+def of_certificates(charges: Sequence[Charge]) -> tuple[Charge, ...]:
+    """Return those of an order's charges that CAs count when they issue: what no certificate came of is free."""
+    return tuple(charge for charge in charges if charge.bucket.startswith((_NAMES, _DOMAIN)))
 
 
 def charges_of_account(limits: Limits) -> tuple[Charge, ...]:

@@ -123,6 +123,12 @@ def to_answer(authorizations: tuple[Authorization, ...]) -> tuple[Challenge, ...
     return tuple(c for c in challenges if c is not None and c.status is ChallengeStatus.PENDING)
 
 
+def still_validating(authorizations: tuple[Authorization, ...]) -> bool:
+    """Say whether the CA is at work on one of them: it was told to look, and has not said what it found."""
+    challenges = (a.http01() for a in unproved(authorizations))
+    return any(c is not None and c.status is ChallengeStatus.PROCESSING for c in challenges)
+
+
 _ATTEMPTS = 3
 """How often the CA may refuse a name before a certificate that still has it is renewed without it."""
 

@@ -158,7 +158,7 @@ class _Meaning(NamedTuple):
 _EVERYWHERE: dict[str, _Meaning] = {
     "accountDoesNotExist": _Meaning(
         _X,
-        "the CA no longer knows this account; to register it anew, clear account_url in acme_accounts",
+        "the CA no longer knows this account; run `certworker account register`",
         Scope.ACCOUNT,
     ),
     "alreadyReplaced": _Meaning(

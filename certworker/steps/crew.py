@@ -210,13 +210,18 @@ class Crew:
         claimed: list[Issuance] = db.write(
             lambda tx: issuances.claim(tx, self._worker_id, now, room, self._only, directory_url)
         )
+        with self._changed:
+            suspected = any(map(_is_suspect, [*self._in_work, *self._waiting]))
         for issuance in claimed:
             session = open_session(db, issuance)
             session.kept_at = kept_at
             if issuance.crashes >= trouble.MOST_CRASHES:
                 _log.error("issuance.quarantined", extra={"issuance": issuance.id, "state": issuance.state})
                 trouble.quarantine(self._bench, session)
+            elif _is_suspect(session) and suspected:
+                give_back(self._bench, session, now + self._poll)
             else:
+                suspected = suspected or _is_suspect(session)
                 sessions.append(session)
         return sessions
 
@@ -335,6 +340,10 @@ class Crew:
 
     def _until(self, session: Session) -> datetime:
         return session.wait_until or session.issuance.attempt_at
+
+
+def _is_suspect(session: Session) -> bool:
+    return session.issuance.crashes >= trouble.SUSPECT_CRASHES
 
 
 def _is_validating(session: Session) -> bool:

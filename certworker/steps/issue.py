@@ -15,9 +15,18 @@ from sqlalchemy import Connection
 from certworker.ca import csr
 from certworker.ca.client import Account
 from certworker.ca.problems import classify
-from certworker.core.budget import charges_of_order
 from certworker.core.certificate import Chain, check_chain
-from certworker.core.issuance import POLLING, REST, Action, State, next_action, to_answer, unproved, wait_for
+from certworker.core.issuance import (
+    POLLING,
+    REST,
+    Action,
+    State,
+    next_action,
+    still_validating,
+    to_answer,
+    unproved,
+    wait_for,
+)
 from certworker.core.names import names_hash
 from certworker.core.order import Authorization, OrderStatus
 from certworker.core.renewal import plan_renewal
@@ -31,9 +40,10 @@ from certworker.store.issuances import Issuance
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
 
-_KEY_UNUSABLE = "mend the row or the setting that it names; then `certworker renew`"
 _ROLLOVER = timedelta(seconds=1)
 """How often an issuance looks whether its account's key change is done."""
+_VERDICT, _VERDICTS = timedelta(seconds=2), timedelta(minutes=1)
+"""How often, and for how long since it was told to look, a CA is asked that is done with some names only."""
 _ORDER_LIFE = timedelta(days=7)
 """When an order expires whose CA does not say so (RFC 8555 §7.1.3 has it optional)."""
 
@@ -67,8 +77,7 @@ def advance(bench: Bench, session: Session) -> None:
     except AccountGone as gone:
         trouble.give_up_account(bench, session, gone)
     except (InputError, SealError) as error:
-        unusable = Failure(ErrorClass.ACTION_REQUIRED, "certworker:key", str(error), _KEY_UNUSABLE)
-        trouble.fail(bench, session, unusable)
+        trouble.give_up_key(bench, session, error)
     except ChainRefused as error:
         trouble.refuse_chain(bench, session, classify(error, Endpoint.CERTIFICATE))
     except CaError as error:
@@ -77,6 +86,7 @@ def advance(bench: Bench, session: Session) -> None:
         if doing is not None and action is not Action.INTEND_ORDER and session.issuance.is_open:
             bench.gate.succeeded()
     if session.issuance is not before:
+        session.recovered = False
         bench.moved(session)
 
 
@@ -131,10 +141,7 @@ def _intend(tx: Connection, bench: Bench, session: Session, account_id: str, inf
     assert row.names_hash is not None
     replaces = renewal_info.find_replaceable(tx, session.lineage.id, account_id, now) if informs else None
     urgent = session.is_urgent(now)
-    charges = charges_of_order(
-        bench.limits, session.dns_names, row.names_hash, urgent=urgent, replaces=replaces,
-        renewal=_is_renewal(tx, session),
-    )  # fmt: skip
+    charges = trouble.charges_of(tx, bench, session, urgent=urgent, replaces=replaces)
     refusal = budget.spend(tx, session.lineage.directory_url, charges, account_id, now)
     if refusal is not None:
         return refusal
@@ -145,12 +152,6 @@ def _intend(tx: Connection, bench: Bench, session: Session, account_id: str, inf
         tx, row, now, state=State.ORDER_INTENT, account_id=account_id, replaces=replaces, urgent=urgent,
         failures=0, error=None,
     )  # fmt: skip
-
-
-def _is_renewal(tx: Connection, session: Session) -> bool:
-    """Say whether one certificate had all these names before."""
-    present = certificates.find_of_lineage(tx, session.lineage.id)
-    return present is not None and set(session.dns_names) <= set(present.dns_names or ())
 
 
 def _place_order(bench: Bench, session: Session) -> None:
@@ -171,6 +172,10 @@ def _look(bench: Bench, session: Session) -> None:
 
 
 def _publish_challenges(bench: Bench, session: Session) -> None:
+    if bench.db.read(lambda tx: bench.accounts.publishing_key(tx, session.issuance.account_id or "")) is None:
+        # The account's key is being changed: the CA would compare with the new one.
+        session.wait_until = bench.clock() + _ROLLOVER
+        return
     session.authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
     offers = [(a, _token_of(a)) for a in unproved(session.authorizations)]
     now, account_id = bench.clock(), session.issuance.account_id or ""
@@ -188,7 +193,6 @@ def _publish_challenges(bench: Bench, session: Session) -> None:
 
     published = bench.db.write(publish)
     if published is None:
-        # The account's key is being changed: the CA would compare with the new one.
         session.wait_until = now + _ROLLOVER
     else:
         session.issuance = published
@@ -298,6 +302,11 @@ def _wait(bench: Bench, session: Session) -> None:
 def _explain_failure(bench: Bench, session: Session) -> None:
     assert session.order is not None
     authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
+    now = bench.clock()
+    if still_validating(authorizations) and now - session.issuance.state_at < _VERDICTS:
+        # What it finds of the others is worth an order each: those without their dead names, all at once.
+        session.order, session.wait_until = None, now + _VERDICT
+        return
     failure = classify_order(session.order, authorizations)
     refused = names_refused(session.dns_names, session.order, authorizations)
     if failure.error_class is ErrorClass.VALIDATION:

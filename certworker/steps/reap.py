@@ -15,6 +15,8 @@ from certworker.store.database import Database
 TOKENS = timedelta(minutes=10)
 HISTORY = timedelta(days=30)
 """A closed issuance is kept so long, and in any case until its certificate's own end."""
+ABANDONED = timedelta(days=1)
+"""An issuance that nobody wants and no worker moves is closed after this."""
 TOMBSTONES = timedelta(days=30)
 """A node that was away for longer starts from a whole manifest."""
 FULL_BUCKETS = timedelta(days=1)
@@ -27,6 +29,8 @@ _MOST_BUCKETS = 1000
 class Reaped:
     """How many rows of each kind went."""
 
+    abandoned: int
+    """Cancelled; the others are deleted."""
     tokens: int
     issuances: int
     tombstones: int
@@ -40,6 +44,7 @@ def reap(db: Database, clock: Clock) -> Reaped:
         now = clock()
         workers.bury(tx)
         return Reaped(
+            abandoned=issuances.cancel_abandoned(tx, now - ABANDONED, now),
             tokens=challenges.withdraw_stale(tx, now - TOKENS),
             issuances=issuances.forget_keys(tx, now - HISTORY, now),
             tombstones=certificates.forget_removed(tx, now - TOMBSTONES),

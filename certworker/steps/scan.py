@@ -68,4 +68,8 @@ def decide(tx: Connection, lineage: Lineage, now: datetime) -> Decision:
 def queue(tx: Connection, lineage: Lineage, reason: Reason, now: datetime) -> str | None:
     """Queue an issuance unless one is open; return its id."""
     lineages.set_next_check(tx, lineage.id, now + LOOK_AGAIN, now)
-    return issuances.queue(tx, lineage.id, reason, now, urgent=is_urgent(now, lineage.validity))
+    urgent = is_urgent(now, lineage.validity)
+    queued = issuances.queue(tx, lineage.id, reason, now, urgent=urgent)
+    if queued is None and urgent:
+        issuances.mark_urgent(tx, lineage.id)
+    return queued

@@ -58,10 +58,12 @@ class Session:
     """How often the CA was busy in a row."""
     wait_until: datetime | None = None
     """Set by `advance`: nothing to do before."""
+    account: Account | None = None
+    """What the last request was signed with."""
     kept_at: float = 0.0
     """When its lease was last known to be held, by this process's monotonic clock; set by the crew."""
     recovered: bool = False
-    """The account was found again for it once; if that did not help, trying at once will not either."""
+    """The account was found again since it last moved; if that did not help, trying at once will not either."""
     unsure: bool = False
     """The database failed in the middle of it: what is committed has to be read before anything is sent."""
 
@@ -102,7 +104,8 @@ def record(bench: Bench, session: Session, state: State, **values: object) -> No
 
 def account_of(bench: Bench, session: Session) -> Account:
     """Return the account the order is made with; AccountGone if another program has deleted it."""
-    return bench.accounts.get(session.issuance.account_id or "")
+    session.account = bench.accounts.get(session.issuance.account_id or "")
+    return session.account
 
 
 def cancel(tx: Connection, session: Session, now: datetime) -> Issuance:

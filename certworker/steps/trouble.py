@@ -11,12 +11,13 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 
 from certworker.ca.problems import classify
-from certworker.core.budget import validations_bucket
+from certworker.core.budget import Charge, charges_of_order, of_certificates, validations_bucket
 from certworker.core.issuance import State, may_leave_out
+from certworker.core.names import names_hash
 from certworker.core.renewal import Reason, Wait, decide_renewal, drops_replaces
 from certworker.core.retry import Endpoint, ErrorClass, Failure, names_refused, retry_at
-from certworker.errors import AccountGone, CaError, ProblemReported
-from certworker.steps.session import Bench, Session, account_of
+from certworker.errors import AccountGone, CaError, InputError, ProblemReported, SealError
+from certworker.steps.session import Bench, Session
 from certworker.store import budget, certificates, challenges, issuances, lineages
 from certworker.store.budget import Refusal
 from certworker.store.issuances import Issuance
@@ -24,6 +25,8 @@ from certworker.store.lineages import LeftOut, Lineage
 
 MOST_CRASHES = 5
 """Workers in a row that an issuance may cost before it is set aside."""
+SUSPECT_CRASHES = 2
+"""From so many on it is worked on without another suspect beside it: whoever dies next has shown which one it is."""
 _QUARANTINE = timedelta(days=1)
 _SAME_NAMES = timedelta(seconds=15)
 _GOES_ON = (ErrorClass.TRANSIENT, ErrorClass.RATE_LIMITED)
@@ -39,6 +42,9 @@ def meet(bench: Bench, session: Session, error: CaError, doing: Endpoint) -> Non
             return
     except AccountGone as gone:
         give_up_account(bench, session, gone)
+        return
+    except (InputError, SealError) as unusable:
+        give_up_key(bench, session, unusable)
         return
     except CaError as other:  # the CA cannot be asked for the account either
         failure = classify(other, Endpoint.ACCOUNT)
@@ -60,10 +66,11 @@ def _goes_on_at_once(bench: Bench, session: Session, error: CaError) -> bool:
         now = bench.clock()
         session.issuance = bench.db.write(lambda tx: issuances.record(tx, row, now, replaces=None))
         return True
-    if row.account_id is None or session.recovered:
+    if row.account_id is None or session.account is None or session.recovered:
         return False
-    # Another process may have changed the account's key; or the CA has lost it, and gets it back.
-    session.recovered = bench.accounts.recover(row.account_id, account_of(bench, session), error.problem.code)
+    # Another process may have changed the account's key; or the CA has lost it, and gets it back. Asked with what
+    # was refused, not with what is open by now: another thread may have found out already.
+    session.recovered = bench.accounts.recover(row.account_id, session.account, error.problem.code)
     return session.recovered
 
 
@@ -71,6 +78,12 @@ def give_up_account(bench: Bench, session: Session, gone: AccountGone) -> None:
     """Close an issuance whose account is used no more: its order can be reached with no other one."""
     hint = "a new order is made with the account that is used now; see `certworker account list`"
     fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:account-gone", str(gone), hint))
+
+
+def give_up_key(bench: Bench, session: Session, unusable: InputError | SealError) -> None:
+    """Close an issuance whose own key, or its account's, cannot be used."""
+    hint = "mend the row or the setting that it names; then `certworker renew`"
+    fail(bench, session, Failure(ErrorClass.ACTION_REQUIRED, "certworker:key", str(unusable), hint))
 
 
 def refuse_chain(bench: Bench, session: Session, failure: Failure) -> None:
@@ -128,10 +141,10 @@ def _release(bench: Bench, session: Session, attempt_at: datetime, error: dict[s
     urgent = session.is_urgent(now)
 
     def release(tx: Connection) -> Issuance:
-        row = session.issuance
-        released = issuances.release(tx, row, attempt_at, now, failures=failures, error=error, urgent=urgent)
-        lineages.record_error(tx, session.lineage.id, error, now)
-        return released
+        lineages.record_error(tx, session.lineage.id, error, now)  # first, as everybody locks them
+        return issuances.release(
+            tx, session.issuance, attempt_at, now, failures=failures, error=error, urgent=urgent, crashes=0
+        )
 
     session.issuance = bench.db.write(release)
     session.wait_until = attempt_at
@@ -151,8 +164,10 @@ def _fail(
     tx: Connection, bench: Bench, session: Session, failure: Failure, refused: Mapping[str, Failure], now: datetime
 ) -> Issuance:
     row = session.issuance
-    if (recorded := issuances.find_recorded(tx, row, State.FAILED)) is not None:
-        return recorded
+    for state in (State.FAILED, State.QUEUED):
+        if (recorded := issuances.find_recorded(tx, row, state)) is not None:
+            return recorded
+    _give_back_tokens(tx, bench, session, now)
     lineage = lineages.lock(tx, session.lineage.id) or session.lineage
     challenges.withdraw(tx, row.id)
     _charge_validations(tx, bench, row, refused, now)
@@ -163,6 +178,31 @@ def _fail(
     error = describe(failure, now, next_check_at)
     lineages.record_failure(tx, lineage.id, error, failures=failures, next_check_at=next_check_at, now=now)
     return issuances.close(tx, row, State.FAILED, now, error=error)
+
+
+_BEFORE_FINALIZE = frozenset([State.ORDER_INTENT, State.ORDERED, State.PUBLISHED, State.VALIDATING, State.AUTHORIZED])
+
+
+def charges_of(
+    tx: Connection, bench: Bench, session: Session, *, urgent: bool, replaces: str | None
+) -> tuple[Charge, ...]:
+    """Return what the order of this issuance asks of the rate ledger."""
+    row, present = session.issuance, certificates.find_of_lineage(tx, session.lineage.id)
+    named = row.names_hash or names_hash(session.dns_names)
+    renewal = present is not None and set(session.dns_names) <= set(present.dns_names or ())
+    validity = session.lineage.validity
+    return charges_of_order(
+        bench.limits, session.dns_names, named, urgent=urgent, replaces=replaces, renewal=renewal,
+        lifetime=None if validity is None else validity.lifetime,
+    )  # fmt: skip
+
+
+def _give_back_tokens(tx: Connection, bench: Bench, session: Session, now: datetime) -> None:
+    """Take back what was debited for a certificate that there will not be: CAs count certificates, not tries."""
+    row = session.issuance
+    if row.state in _BEFORE_FINALIZE and row.account_id is not None:
+        charges = of_certificates(charges_of(tx, bench, session, urgent=row.urgent, replaces=row.replaces))
+        budget.give_back(tx, bench.accounts.directory_url, charges, row.account_id, now)
 
 
 def _charge_validations(
@@ -197,7 +237,8 @@ def _leave_out(
     """Go on with the other names; those refused stay wanted, and are ordered again later."""
     row = session.issuance
     before = {name.dns_name: name.failures for name in lineages.left_out(tx, lineage.id)}
-    names = [_left_out(bench, name, why, before.get(name, 0) + 1, now) for name, why in sorted(refused.items())]
+    draw = bench.draw()  # one for all: they are tried again together, by one order
+    names = [_left_out(name, why, before.get(name, 0) + 1, now, draw) for name, why in sorted(refused.items())]
     lineages.leave_out(tx, lineage.id, names, now)
     if row.reason == Reason.NAMES_MISSING and isinstance(decide_renewal(now, lineage.validity, lineage.renew_at), Wait):
         # It was a try for these names only, and the others have what they need.
@@ -212,8 +253,8 @@ def _leave_out(
     )  # fmt: skip
 
 
-def _left_out(bench: Bench, dns_name: str, failure: Failure, failures: int, now: datetime) -> LeftOut:
-    probe_at = retry_at(failure, failures, now, bench.draw())
+def _left_out(dns_name: str, failure: Failure, failures: int, now: datetime, draw: float) -> LeftOut:
+    probe_at = retry_at(failure, failures, now, draw)
     return LeftOut(dns_name, failures, probe_at, dict(describe(failure, now, probe_at)))
 
 

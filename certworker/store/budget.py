@@ -57,6 +57,19 @@ def charge(tx: Connection, directory_url: str, bucket: str, account_id: str, lim
     _write(tx, directory_url, [replace(held, full_at=budget.debit(held.full_at, now, limit))])
 
 
+def give_back(tx: Connection, directory_url: str, charges: Sequence[Charge], account_id: str, now: datetime) -> None:
+    """Return a token for each of `charges`: what they were taken for has not come about."""
+    wants = sorted(charges, key=lambda want: budget.turn(want.bucket))
+    if not wants:
+        return
+    held = _lock(tx, directory_url, account_id, [want.bucket for want in wants], now)
+    buckets = [held[want.bucket] for want in wants]
+    _write(tx, directory_url, [
+        replace(bucket, full_at=budget.credit(bucket.full_at, want.limit))
+        for bucket, want in zip(buckets, wants, strict=True)
+    ])  # fmt: skip
+
+
 def forget_full(tx: Connection, before: datetime, limit: int) -> int:
     """Delete at most `limit` buckets that were full `before` then, the longest first; return how many.
 

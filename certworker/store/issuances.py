@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Select, TextClause, case, exists, literal, or
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
 from certworker.store.rows import columns_of, insert_new, new_id, pages, to_value
-from certworker.store.tables import OPEN_STATE, issuances, lineages
+from certworker.store.tables import OPEN_STATE, issuances, lineages, policy_lineages
 from certworker.store.types import db_now, seconds_from_now
 
 LEASE = timedelta(seconds=60)
@@ -83,6 +83,11 @@ def queue(tx: Connection, lineage_id: str, reason: str, now: datetime, *, urgent
         state_at=now, attempt_at=now, created_at=now, urgent=urgent,
     )  # fmt: skip
     return issuance_id if queued else None
+
+
+def mark_urgent(tx: Connection, lineage_id: str) -> None:
+    """Let the open issuance of a lineage, if there is one, go first from now on."""
+    tx.execute(update(issuances).where(issuances.c.lineage_id == lineage_id, _OPEN).values(urgent=True))
 
 
 def find(tx: Connection, issuance_id: str) -> Issuance | None:
@@ -182,7 +187,12 @@ def _find_due(
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    return list(tx.execute(_restrict(query, only, directory_url)).scalars())
+    found: list[str] = []
+    for page in [None] if only is None else pages(only):
+        found += tx.execute(_restrict(query, page, directory_url).limit(limit - len(found))).scalars()
+        if len(found) >= limit:
+            break
+    return found
 
 
 def extend_leases(tx: Connection, worker: str, ids: list[str]) -> dict[str, int]:
@@ -256,7 +266,7 @@ def is_ordering(tx: Connection, names_hash: str, account_id: str, besides: str) 
 
 def release(tx: Connection, claimed: Issuance, attempt_at: datetime, now: datetime, **values: Any) -> Issuance:
     """Give a claimed issuance back, not to be worked on before `attempt_at`."""
-    return record(tx, claimed, now, attempt_at=attempt_at, lease_owner=None, lease_until=None, crashes=0, **values)
+    return record(tx, claimed, now, attempt_at=attempt_at, lease_owner=None, lease_until=None, **values)
 
 
 def close(tx: Connection, claimed: Issuance, state: State, now: datetime, **values: Any) -> Issuance:
@@ -276,11 +286,26 @@ def cancel_unclaimed(tx: Connection, lineage_id: str, now: datetime) -> bool:
     return tx.execute(cancelled).rowcount == 1
 
 
+def cancel_abandoned(tx: Connection, untouched_since: datetime, now: datetime, limit: int = 500) -> int:
+    """Cancel open issuances that no policy wants and no worker has moved since; return how many.
+
+    Their CA is not asked any more, mostly because the settings name another one.
+    """
+    unwanted = ~exists(select(1).where(policy_lineages.c.lineage_id == issuances.c.lineage_id))
+    old = select(issuances.c.id).where(_OPEN, issuances.c.lease_until.is_(None), unwanted)
+    ids = old.where(issuances.c.state_at < untouched_since, issuances.c.attempt_at < untouched_since).limit(limit)
+    cancelled = update(issuances).where(issuances.c.id.in_(ids.scalar_subquery()))
+    return tx.execute(cancelled.values(state=State.CANCELLED, state_at=now, closed_at=now)).rowcount
+
+
 def next_attempt_at(tx: Connection, only: list[str] | None = None, directory_url: str | None = None) -> datetime | None:
     """Return when the next unclaimed issuance is due, of those that `claim` would take."""
     query = select(issuances.c.attempt_at).where(_OPEN, issuances.c.lease_until.is_(None))
-    query = _restrict(query, only, directory_url)
-    return tx.execute(query.order_by(issuances.c.attempt_at).limit(1)).scalar()
+    moments = [
+        tx.execute(_restrict(query, page, directory_url).order_by(issuances.c.attempt_at).limit(1)).scalar()
+        for page in ([None] if only is None else pages(only))
+    ]
+    return min((moment for moment in moments if moment is not None), default=None)
 
 
 def _restrict(query: Select[Any], only: list[str] | None, directory_url: str | None) -> Select[Any]:

@@ -136,7 +136,6 @@ def test_an_open_one_admits_nobody_and_is_probed() -> None:
     assert due < until(admits(breaker, due)) <= due + 10 * SECOND
     assert begin_probe(breaker, due, 0.0) is not None
     assert begin_probe(Breaker(), due, 0.0) is None
-    assert begin_probe(half_open(), due + HOUR, 0.0) is None
 
 
 def test_a_begun_probe_is_nobody_elses() -> None:
@@ -207,7 +206,40 @@ def test_late_answers_neither_open_nor_close_it() -> None:
 
     assert after_success(breaker, NOW) == breaker
     assert fail(breaker, NO_DIRECTORY, NOW + SECOND) == breaker
-    assert after_probe(half_open(), DOWN, NOW, 0.0) == half_open()
+
+
+def test_half_open_with_nothing_due_to_try_is_closed_by_the_directory() -> None:
+    """Three good answers of it do, as far apart as probes are; a bad one opens it again."""
+    breaker = half_open()
+    for _ in range(3):
+        asked_at = breaker.probe_at
+        assert asked_at is not None
+        assert begin_probe(breaker, asked_at - SECOND, 0.0) is None
+        begun = begin_probe(breaker, asked_at, 0.0)
+        assert begun is not None
+        assert begun.probe_at is not None
+        assert begun.probe_at > asked_at
+        assert after_probe(begun, DOWN, asked_at, 0.0).state is State.OPEN
+        breaker = after_probe(begun, None, asked_at, 0.0)
+    assert breaker.state is State.CLOSED
+
+
+def test_a_pause_that_was_ended_is_tried_with_an_order_only() -> None:
+    """The directory says nothing of the account."""
+    breaker = resume(fail(Breaker(), REFUSED))
+
+    assert breaker.state is State.HALF_OPEN
+    assert begin_probe(breaker, NOW + DAY, 0.0) is None
+
+
+def test_a_wait_from_a_clock_that_ran_ahead_ends_when_it_is_put_right() -> None:
+    """None is longer than any that we begin."""
+    ahead = NOW + 5 * HOUR
+    breaker = opened(ahead)
+
+    assert begin_probe(breaker, NOW, 0.0) is not None
+    assert isinstance(admits(Breaker(hold_until=NOW + 9 * DAY), NOW), Free)
+    assert isinstance(admits(Breaker(hold_until=NOW + DAY), NOW), Closed)
 
 
 @pytest.mark.parametrize(("calm", "first"), [(14 * MINUTE, 5 * MINUTE), (15 * MINUTE, 30 * SECOND)])

@@ -413,3 +413,30 @@ def test_an_account_is_worth_nothing_with_its_old_key(world: World) -> None:
         )
     assert caught.value.problem.code == "malformed"
     assert world.db.read(lambda tx: accounts.find_default(tx, world.ca.directory_url)) == stored(world)
+
+
+def test_requests_under_way_during_a_change_are_sent_again(world: World) -> None:
+    """Two were signed with the old key; the second hears its refusal when the first has found out already."""
+    hooked = Hooked(world.ca.http)
+    world.registration = replace(world.registration, private_ca=True)
+    bench = world.bench()
+    client = Client(world.ca.directory_url, hooked, world.clock)
+    bench = replace(bench, client=client, accounts=worker(world, hooked))
+    world.add_policy("a.test", "b.test")
+    world.take_over()
+    first, second = world.claim()
+    for session in (first, second):
+        while session.issuance.state != State.ORDER_INTENT:
+            advance(bench, session)
+    roll_over(world)
+
+    def meanwhile() -> None:
+        hooked.before.clear()
+        while first.issuance.state == State.ORDER_INTENT:
+            advance(bench, first)
+
+    hooked.before["/new-order"] = meanwhile
+    while second.issuance.state == State.ORDER_INTENT:
+        advance(bench, second)
+
+    assert (first.issuance.state, second.issuance.state) == (State.ORDERED, State.ORDERED)

@@ -397,7 +397,7 @@ def test_limits_of_all_workers_count(fleet: Fleet) -> None:
         assert gate.closed_until() is None
         gate.failed(limited, lineage_id)
 
-    assert one.closed_until() == START + 2 * HOUR
+    assert one.closed_until() == START + HOUR
 
 
 # -- a refused account ----------------------------------------------------------------------------------
