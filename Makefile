@@ -1,7 +1,7 @@
 # What a person does with a checkout. `tools/setup` installs what a target needs and is instant after that.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup check test lock clean
+.PHONY: help demo setup check test soak lock clean
 
 BIN := .venv/bin
 # HAProxy is in /usr/sbin, which is not on everybody's PATH; Pebble is in a folder of ours.
@@ -28,6 +28,9 @@ check: setup ## style, types, import rules, and what can be checked without runn
 
 test: setup ## every test, on real PostgreSQL, Pebble and HAProxy; ARGS="-k name" for some
 	$(BIN)/pytest -n 2 $(ARGS)
+
+soak: setup ## workers, faults and renewals for MINUTES=10; ARGS="--help" says what else there is
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(ARGS)
 
 lock: setup ## make both lock files anew, for the newest versions that pyproject.toml allows
 	$(COMPILE) --upgrade --group build --output-file requirements.lock
