@@ -7,6 +7,8 @@ wanted at a time. What is printed are the figures of promise G6.
 import argparse
 import statistics
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,6 +42,7 @@ def measure(percent: int, count: int) -> str:
         url = f"sqlite:///{folder / 'data' / 'certworker.db'}"
         (folder / "data").mkdir(mode=0o700)
         with (
+            redirect_stdout(StringIO()),  # a rig shows its log when it ends
             Pebble(nonce_reject=percent, authz_reuse=0) as ca,
             FaultProxy(ca, folder / "proxy") as proxy,
             rigged(ca, proxy, folder, url, LOG_LEVEL="warning") as rig,

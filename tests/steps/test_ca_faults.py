@@ -171,6 +171,33 @@ def test_authorized_and_still_pending(life: Life) -> None:
     assert len(life.wire.to("/challenge/*")) == 1
 
 
+def test_an_authorization_that_is_valid_still(life: Life) -> None:
+    """A23: nothing is published and the CA is told nothing: it knows already."""
+    life.world.ca.reuse_authorizations = True
+    life.reach(State.DONE, NAME)
+    asked = len(life.wire.to("/challenge/*"))
+    life.world.execute("UPDATE lineages SET renew_at = created_at, next_check_at = created_at")
+    life.run(MINUTE)
+
+    assert [issuance.state for issuance in history(life.world)] == [State.DONE, State.DONE]
+    assert len(life.wire.to("/challenge/*")) == asked == 1
+    assert life.world.count("challenges") == 0
+
+
+def test_a_challenge_that_was_answered_before(life: Life) -> None:
+    """A14: the CA works on it already, whoever has told it to: it is not told again."""
+    session = life.reach(State.PUBLISHED, NAME)
+    (authorization,) = life.world.ca.authorizations.values()
+    authorization.challenge_status = "processing"
+    challenge = {**authorization.challenge(), "status": "processing"}
+    life.wire.change("/authorization/*", lambda shown: shown.update(status="pending", challenges=[challenge]), times=1)
+    session.look_anew()
+    life.move(session)
+
+    assert life.wire.to("/challenge/*") == []
+    assert session.issuance.state == State.DONE
+
+
 def test_a_finalize_that_the_ca_forgot(life: Life) -> None:
     """A19: `ready` again after it was accepted: finalized once more with the very same CSR."""
     session = life.reach(State.FINALIZE_INTENT, NAME)
