@@ -99,8 +99,16 @@ def renew(
     reconcile(app.db, app.clock, app.wanted, app.sealer)
     private = app.settings.acme_private_ca
     if not names and not dry_run and not app.db.read(workers.alive):
-        _ask_when_to_renew(app)
-    asked = request(app.db, app.clock, names, force=force, dry_run=dry_run, private_ca=private)
+        _ask_when_to_renew(app, deadline)
+    asked = request(
+        app.db,
+        app.clock,
+        names,
+        force=force,
+        dry_run=dry_run,
+        private_ca=private,
+        directory_url=app.settings.acme_directory_url,
+    )
     result = Renewal(would_renew=asked.would_renew, unchanged=asked.unchanged, dry_run=dry_run)
     if asked.tickets:
         # Whoever asks has mended what the CA refused our account for, or wants to know.
@@ -109,12 +117,13 @@ def renew(
     return result
 
 
-def _ask_when_to_renew(app: App, bench: Bench | None = None) -> None:
-    """Ask the CA about certificates that it is time for; no service does (RFC 9773)."""
+def _ask_when_to_renew(app: App, deadline: float, bench: Bench | None = None) -> None:
+    """Ask the CA about certificates that it is time for, because no service does (RFC 9773); not past the deadline."""
     used = bench or wiring.make_bench(app, new_id(), lambda _: None)
     used.gate.refresh()
     refresh_ari(
-        app.db, used.client, app.clock, used.draw, closed=lambda: used.gate.closed_until() is not None,
+        app.db, used.client, app.clock, used.draw, lambda: time.monotonic() < deadline,
+        closed=lambda: used.gate.closed_until() is not None,
         trouble=lambda failure: used.gate.failed(failure, ""),
     )  # fmt: skip
 
@@ -146,7 +155,7 @@ class _Wait:
                 self._wake.wait(_LOOK)
                 self._wake.clear()
             if self._bench is not None:
-                _ask_when_to_renew(self._app, self._bench)
+                _ask_when_to_renew(self._app, self._deadline, self._bench)
             return [self._ended.get(ticket.issuance_id) or self._ask(ticket) for ticket in self._tickets]
 
     def _look(self) -> bool:

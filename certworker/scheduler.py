@@ -6,12 +6,14 @@ workers at a time finds in the database what there is to do.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
 from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.base import JobLookupError
 from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
 
@@ -90,8 +92,9 @@ class Timetable:
             self._scheduler.shutdown(wait=True)
 
     def run_soon(self, name: str) -> None:
-        """Run a job as soon as a thread is free, without waiting for its time."""
-        self._scheduler.modify_job(name, next_run_time=datetime.now(UTC))
+        """Run a job as soon as a thread is free, without waiting for its time; not while stopping."""
+        with suppress(JobLookupError):  # it is ending, and forgets its jobs before the last of them is done
+            self._scheduler.modify_job(name, next_run_time=datetime.now(UTC))
 
     def _note(self, event: JobEvent) -> None:
         if event.code == EVENT_JOB_ERROR:

@@ -198,8 +198,7 @@ def make_accounts(app: App) -> Accounts:
     """Return the accounts at the CA of the settings."""
     s = app.settings
     client = Client(s.acme_directory_url, Transport(s.acme_ca_bundle, os.environ), app.clock)
-    secret = s.acme_eab_hmac_key.get_secret_value() if s.acme_eab_hmac_key else ""
-    external = ExternalAccount(s.acme_eab_kid, secret) if s.acme_eab_kid else None
+    external = ExternalAccount(s.acme_eab_kid, _eab_secret(s)) if s.acme_eab_kid else None
     registration = Registration(
         s.acme_directory_url, tuple(s.acme_contact), s.acme_tos_agreed, external, s.acme_private_ca,
         s.acme_rate_limits,
@@ -207,11 +206,14 @@ def make_accounts(app: App) -> Accounts:
     return Accounts(app.db, client, app.sealer, app.clock, registration)
 
 
+def _eab_secret(settings: Settings) -> str:
+    return settings.acme_eab_hmac_key.get_secret_value() if settings.acme_eab_hmac_key else ""
+
+
 def make_gate(app: App, worker_id: str) -> Gate:
     """Return this worker's side of the circuit breaker at the CA of the settings."""
     s = app.settings
-    secret = s.acme_eab_hmac_key.get_secret_value() if s.acme_eab_hmac_key else ""
-    made_with = [s.acme_directory_url, *s.acme_contact, str(s.acme_tos_agreed), s.acme_eab_kid or "", secret]
+    made_with = [s.acme_directory_url, *s.acme_contact, str(s.acme_tos_agreed), s.acme_eab_kid or "", _eab_secret(s)]
     fingerprint = hashlib.sha256("\0".join(made_with).encode()).hexdigest()
     return Gate(app.db, s.acme_directory_url, app.clock, random.SystemRandom().random, worker_id, fingerprint)
 

@@ -172,7 +172,7 @@ def begin_probe(breaker: Breaker, now: datetime, draw: float) -> Breaker | None:
     Committed before the directory is read: whoever dies while reading it has asked all the same.
     """
     # Half open with nothing due to try would stay so: then the directory has to do.
-    asks = breaker.state is State.OPEN or (breaker.state is State.HALF_OPEN and breaker.probe_at is not None)
+    asks = breaker.state in (State.OPEN, State.HALF_OPEN)
     if not asks or now < max(_probe_time(breaker, now), _hold_end(breaker, now)):
         return None
     return _plan_probe(replace(breaker, probes=breaker.probes + 1), now, draw)
@@ -185,17 +185,19 @@ def after_probe(breaker: Breaker, failure: Failure | None, now: datetime, draw: 
     if failure is None and breaker.state is State.HALF_OPEN:
         return after_success(breaker, now)
     if failure is None:
-        return replace(breaker, state=State.HALF_OPEN, successes=0, probe_at=now + spread_wait(_PROBES[-1], draw))
+        return _half_open(breaker, now, draw)
     if breaker.state is State.HALF_OPEN:
         return _fail(_hold(breaker, failure, now, draw), failure, now, draw)
     return replace(_hold(breaker, failure, now, draw), error=_describe(failure))
 
 
-def resume(breaker: Breaker) -> Breaker:
-    """End a pause: the operator may have acted, and one order shows it."""
-    if breaker.state is not State.PAUSED:
-        return breaker
-    return replace(breaker, state=State.HALF_OPEN, successes=0, probe_at=None)
+def resume(breaker: Breaker, now: datetime, draw: float) -> Breaker:
+    """End a pause: the operator may have acted, and one order shows it, or the directory if none is due."""
+    return _half_open(breaker, now, draw) if breaker.state is State.PAUSED else breaker
+
+
+def _half_open(breaker: Breaker, now: datetime, draw: float) -> Breaker:
+    return replace(breaker, state=State.HALF_OPEN, successes=0, probe_at=now + spread_wait(_PROBES[-1], draw))
 
 
 def _fail(breaker: Breaker, failure: Failure, now: datetime, draw: float) -> Breaker:

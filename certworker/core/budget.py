@@ -184,7 +184,8 @@ _ORDERS, _ACCOUNTS = "orders", "accounts"
 _RUNAWAY, _NAMES, _DOMAIN, _VALIDATIONS = "runaway:", "names:", "domain:", "validations:"
 _RENEWALS = 4
 """A certificate is renewed twice in its life at most, and the guard lets twice as many through."""
-_SHORTEST_REFILL = timedelta(seconds=1)
+_SHORTEST_REFILL = timedelta(minutes=10)
+"""A CA that hands out certificates of minutes is what the guard is for, unless the operator allows it."""
 _RESERVE = 5
 """One in so many orders is left for certificates that are about to end."""
 
@@ -230,7 +231,7 @@ def _guard(limit: Limit, lifetime: timedelta | None) -> Limit:
     """Return the guard for certificates of this lifetime: short ones are renewed more often, and no loop is that."""
     if lifetime is None:
         return limit
-    return replace(limit, refill=max(min(limit.refill, lifetime / _RENEWALS), _SHORTEST_REFILL))
+    return replace(limit, refill=min(limit.refill, max(lifetime / _RENEWALS, _SHORTEST_REFILL)))
 
 
 def of_certificates(charges: Sequence[Charge]) -> tuple[Charge, ...]:

@@ -272,6 +272,8 @@ class Crew:
             raise
         except Exception as error:  # noqa: BLE001 - one strange issuance must not stop the others
             _log.exception("issuance.bug", extra={"issuance": session.issuance.id})
+            if not session.issuance.is_open:
+                return
             trouble.put_off_bug(self._bench, session, f"{type(error).__name__} in state {session.issuance.state}")
 
     def _keeps(self, session: Session) -> bool:
@@ -280,7 +282,7 @@ class Crew:
             return False
         if session.wait_until - self._bench.clock() <= _LONGEST_HOLD:
             return True
-        give_back(self._bench, session, session.wait_until)
+        give_back(self._bench, session, session.wait_until, worked_on=True)
         return False
 
     def _keep_leases(self) -> None:
@@ -323,16 +325,17 @@ class Crew:
     # -- with the lock held ---------------------------------------------------------------------------
 
     def _may_claim(self, now: datetime) -> bool:
+        return self._has_room() and (self._claim_at is None or self._claim_at <= now)
+
+    def _has_room(self) -> bool:
         room = self._concurrency - len(self._in_work) - len(self._waiting)
-        if self._stopping.is_set() or not self._may_order():
-            return False
-        return not self._claiming and room > 0 and (self._claim_at is None or self._claim_at <= now)
+        return room > 0 and not self._claiming and not self._stopping.is_set() and self._may_order()
 
     def _pause(self, now: datetime) -> timedelta:
         moments = [self._until(session) for session in self._waiting if self._goes_on(session)]
-        if self._claim_at is not None and not self._claiming:
+        if self._claim_at is not None and self._has_room():
             moments.append(self._claim_at)
-        longest = now + POLL
+        longest = now + POLL  # whether a proxy answers by now is told by nobody
         return max(min([*moments, longest]) - now, timedelta(milliseconds=1))
 
     def _validating(self) -> bool:

@@ -69,7 +69,7 @@ class Gate:
             self._see(self._db.read(lambda tx: breakers.find(tx, self._directory_url)))
         # Later a difference means that two workers have different settings: each would end the other's pause.
         if not self._started and self._seen.registration != self._registration:
-            self._change(breaker.resume)
+            self._end_pause()
         self._started = True
 
     def admits(self) -> int | datetime:
@@ -124,15 +124,24 @@ class Gate:
     def resume(self) -> None:
         """End a pause: the operator says that they have acted."""
         self.refresh()
-        if self._change(breaker.resume):
-            now = self._clock()
+        self._end_pause()
+
+    def _end_pause(self, *, if_due: bool = False) -> None:
+        """Let what the account was refused for be tried again, by one order first."""
+        now, draw = self._clock(), self._draw()
+
+        def end(seen: Breaker) -> Breaker:
+            due = isinstance(breaker.admits(seen, now), Trial)
+            return breaker.resume(seen, now, draw) if due or not if_due else seen
+
+        if self._change(end):
             self._db.write(lambda tx: lineages.try_refused_again(tx, self._directory_url, now))
 
     def _takes_trial(self, now: datetime) -> bool:
         if self._tries(now):
             return True
         # A pause that nobody ended is tried all the same after a day.
-        self._change(lambda seen: breaker.resume(seen) if isinstance(breaker.admits(seen, now), Trial) else seen)
+        self._end_pause(if_due=True)
         with self._lock:
             taken = self._db.write(lambda tx: breakers.take_trial(tx, self._directory_url, self._worker_id))
             self._trial_until = now + breakers.TRIAL if taken else None

@@ -42,7 +42,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
 
 _ROLLOVER = timedelta(seconds=1)
 """How often an issuance looks whether its account's key change is done."""
-_VERDICT, _VERDICTS = timedelta(seconds=2), timedelta(minutes=1)
+_VERDICT, _VERDICTS = timedelta(seconds=5), timedelta(seconds=30)
 """How often, and for how long since it was told to look, a CA is asked that is done with some names only."""
 _ORDER_LIFE = timedelta(days=7)
 """When an order expires whose CA does not say so (RFC 8555 §7.1.3 has it optional)."""
@@ -146,7 +146,7 @@ def _intend(tx: Connection, bench: Bench, session: Session, account_id: str, inf
     if refusal is not None:
         return refusal
     # Every order of these names waits for the same bucket's row: what is committed is all there is.
-    if issuances.is_ordering(tx, row.names_hash, account_id, row.id):
+    if issuances.is_ordering(tx, row.names_hash, account_id, row.id, now):
         raise _SameNames
     return issuances.record(
         tx, row, now, state=State.ORDER_INTENT, account_id=account_id, replaces=replaces, urgent=urgent,

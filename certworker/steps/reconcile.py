@@ -124,19 +124,30 @@ def refused_names(policy: Policy, wanted: Wanted) -> tuple[list[str], list[dict[
 
 
 def _take_policy(tx: Connection, policy_id: str, *, wanted: Wanted, now: datetime) -> None:
-    policy = policies.lock(tx, policy_id)
+    policy = policies.find(tx, policy_id)
     names: list[str] = []
+    refused: list[dict[str, str]] = []
     if policy is not None and policy.mode == "auto":
         names, refused = refused_names(policy, wanted)
-        policies.record_refused(tx, policy_id, refused, now)
-    elif policy is not None:
-        policies.record_refused(tx, policy_id, [], now)
     groups = [names] if names and policy is not None and policy.shared else [[name] for name in names]
     wanted_ids = lineages.find_or_add_all(tx, groups, wanted.issuer, now)
+    # Lineages before policies, as whoever flips a status locks them.
+    lineages.lock_all(tx, sorted({*wanted_ids, *lineages.linked_ids(tx, policy_id)}))
+    locked = policies.lock(tx, policy_id)
+    if _asks(locked) != _asks(policy):
+        changes.note(tx, changes.POLICY, [policy_id])  # it has changed meanwhile: the next look takes it
+        return
+    if locked is not None:
+        policies.record_refused(tx, policy_id, refused, now)
     changed = lineages.link(tx, policy_id, wanted_ids)
     _settle(tx, sorted({*wanted_ids, *changed}), now)
     policies.refresh_status(tx, policy_id, now)
     certificates.touch(tx, changed)
+
+
+def _asks(policy: Policy | None) -> tuple[object, ...] | None:
+    """Return what a policy wants, which is what its lineages are made of."""
+    return None if policy is None else (policy.mode, policy.domains, policy.shared, policy.paused_at)
 
 
 def _settle(tx: Connection, lineage_ids: list[str], now: datetime) -> None:

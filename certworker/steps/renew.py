@@ -99,14 +99,17 @@ class Outcome:
 
 
 def request(
-    db: Database, clock: Clock, names: Sequence[str], *, force: bool, dry_run: bool, private_ca: bool
-) -> Request:
+    db: Database, clock: Clock, names: Sequence[str], *, force: bool, dry_run: bool, private_ca: bool,
+    directory_url: str | None = None,
+) -> Request:  # fmt: skip
     """Queue what is due, or of `names` what is due (all of them with `force`).
+
+    Without names it is everything open at `directory_url`: what was begun at another CA nobody goes on with.
 
     Raises UnknownName, before anything is queued, for a name that no policy wants.
     """
     if not names:
-        return _request_due(db, clock, force=force, dry_run=dry_run)
+        return _request_due(db, clock, directory_url, force=force, dry_run=dry_run)
     wanted = [check_name(name, private_ca=private_ca) for name in names]
     found = db.read(lambda tx: _find(tx, wanted))
     return _request(db, clock, found, force=force, dry_run=dry_run, named=True)
@@ -158,10 +161,10 @@ def _find(tx: Connection, names: list[str]) -> list[Lineage]:
                 f"name {name!r}: no policy wants a certificate for it; add it with `certworker policy add`"
             )
         found |= {lineage.id: lineage for lineage in wanted}
-    return list(found.values())
+    return sorted(found.values(), key=lambda lineage: lineage.id)  # as everybody locks them
 
 
-def _request_due(db: Database, clock: Clock, *, force: bool, dry_run: bool) -> Request:
+def _request_due(db: Database, clock: Clock, directory_url: str | None, *, force: bool, dry_run: bool) -> Request:
     asked = Request()
     if force:
         after = ""
@@ -173,7 +176,7 @@ def _request_due(db: Database, clock: Clock, *, force: bool, dry_run: bool) -> R
     if dry_run:
         return _request(db, clock, db.read(lambda tx: lineages.peek_due(tx, now)), force=False, dry_run=True)
     scan.scan(db, clock)
-    open_ones = db.read(issuances.list_open)
+    open_ones = db.read(lambda tx: issuances.list_open(tx, directory_url))
     for issuance, names in open_ones:
         asked.tickets.append(Ticket(issuance.lineage_id, tuple(names), issuance.id))
     return asked

@@ -123,7 +123,7 @@ def read_again(bench: Bench, session: Session) -> None:
     session.unsure = False
 
 
-def give_back(bench: Bench, session: Session, attempt_at: datetime) -> None:
-    """Release an issuance that waits; whoever claims it next looks first."""
-    now = bench.clock()
-    session.issuance = bench.db.write(lambda tx: issuances.release(tx, session.issuance, attempt_at, now))
+def give_back(bench: Bench, session: Session, attempt_at: datetime, *, worked_on: bool = False) -> None:
+    """Release an issuance that waits; whoever claims it next looks first. One that was `worked_on` kills nobody."""
+    now, known = bench.clock(), {"crashes": 0} if worked_on else {}
+    session.issuance = bench.db.write(lambda tx: issuances.release(tx, session.issuance, attempt_at, now, **known))

@@ -14,7 +14,7 @@ from certworker.ca.problems import classify
 from certworker.core.budget import Charge, charges_of_order, of_certificates, validations_bucket
 from certworker.core.issuance import State, may_leave_out
 from certworker.core.names import names_hash
-from certworker.core.renewal import Reason, Wait, decide_renewal, drops_replaces
+from certworker.core.renewal import Reason, Wait, decide_renewal, drops_replaces, is_urgent
 from certworker.core.retry import Endpoint, ErrorClass, Failure, names_refused, retry_at
 from certworker.errors import AccountGone, CaError, InputError, ProblemReported, SealError
 from certworker.steps.session import Bench, Session
@@ -63,8 +63,7 @@ def _goes_on_at_once(bench: Bench, session: Session, error: CaError) -> bool:
         return False
     if row.state == State.ORDER_INTENT and row.replaces is not None and drops_replaces(error.problem):
         # The CA has its reasons not to see a renewal in it: an order like any other is as good (RFC 9773 §5).
-        now = bench.clock()
-        session.issuance = bench.db.write(lambda tx: issuances.record(tx, row, now, replaces=None))
+        session.issuance = bench.db.write(lambda tx: _drop_replaces(tx, bench, session))
         return True
     if row.account_id is None or session.account is None or session.recovered:
         return False
@@ -72,6 +71,14 @@ def _goes_on_at_once(bench: Bench, session: Session, error: CaError) -> bool:
     # was refused, not with what is open by now: another thread may have found out already.
     session.recovered = bench.accounts.recover(row.account_id, session.account, error.problem.code)
     return session.recovered
+
+
+def _drop_replaces(tx: Connection, bench: Bench, session: Session) -> Issuance:
+    """Go on as a new order, which the CA counts as one."""
+    row, now = session.issuance, bench.clock()
+    for charge in of_certificates(charges_of(tx, bench, session, urgent=row.urgent, replaces=None)):
+        budget.charge(tx, bench.accounts.directory_url, charge.bucket, row.account_id or "", charge.limit, now)
+    return issuances.record(tx, row, now, replaces=None)
 
 
 def give_up_account(bench: Bench, session: Session, gone: AccountGone) -> None:
@@ -110,11 +117,15 @@ def put_off_bug(bench: Bench, session: Session, said: str) -> None:
 
 def await_budget(bench: Bench, session: Session, refusal: Refusal) -> None:
     """Wait until the rate ledger lets this order through; nothing has failed."""
-    detail = f"our own limit {refusal.bucket!r} for this CA is used up"
+    limit, _, of = refusal.bucket.partition(":")
+    detail = f"our own limit {limit!r} for this CA is used up"
+    if of:
+        detail += f" for {of if limit in ('domain', 'validations') else ', '.join(session.dns_names[:5])}"
     hint = "nothing to do: it goes on by itself; to change the limit see ACME_RATE_LIMITS"
     failure = Failure(ErrorClass.RATE_LIMITED, "certworker:budget", detail, hint)
     error = describe(failure, bench.clock(), refusal.until, asked_by="ledger")
-    _release(bench, session, refusal.until, error, session.issuance.failures)
+    # What the lineage's last failure was is still what a person has to know.
+    _release(bench, session, refusal.until, error, session.issuance.failures, shown=session.lineage.error is None)
 
 
 def await_same_names(bench: Bench, session: Session) -> None:
@@ -136,12 +147,16 @@ def quarantine(bench: Bench, session: Session) -> None:
     _release(bench, session, attempt_at, describe(failure, now, attempt_at), session.issuance.failures)
 
 
-def _release(bench: Bench, session: Session, attempt_at: datetime, error: dict[str, str | None], failures: int) -> None:
+def _release(
+    bench: Bench, session: Session, attempt_at: datetime, error: dict[str, str | None], failures: int,
+    *, shown: bool = True,
+) -> None:  # fmt: skip
     now = bench.clock()
     urgent = session.is_urgent(now)
 
     def release(tx: Connection) -> Issuance:
-        lineages.record_error(tx, session.lineage.id, error, now)  # first, as everybody locks them
+        if shown:
+            lineages.record_error(tx, session.lineage.id, error, now)  # first, as everybody locks them
         return issuances.release(
             tx, session.issuance, attempt_at, now, failures=failures, error=error, urgent=urgent, crashes=0
         )
@@ -226,9 +241,8 @@ def _may_leave_out(
         return False
     serving = certificates.find_of_lineage(tx, lineage.id)
     served = frozenset(serving.dns_names or ()) if serving is not None and serving.expires_at > now else frozenset()
-    return may_leave_out(
-        frozenset(session.dns_names), frozenset(refused), served, lineage.failures, urgent=session.is_urgent(now)
-    )
+    urgent = is_urgent(now, lineage.validity)
+    return may_leave_out(frozenset(session.dns_names), frozenset(refused), served, lineage.failures, urgent=urgent)
 
 
 def _leave_out(

@@ -22,6 +22,8 @@ from certworker.store.types import db_now, seconds_from_now
 
 LEASE = timedelta(seconds=60)
 HEARTBEAT = timedelta(seconds=15)
+_SET_ASIDE = timedelta(minutes=10)
+"""Another issuance for the same names does not wait for one that is not worked on for longer."""
 
 _OPEN = text(f"issuances.{OPEN_STATE}")
 """Word for word as in the partial indexes, or SQLite reads the whole history instead."""
@@ -55,7 +57,7 @@ class Issuance:
     lease_owner: str | None
     lease_token: int
     claims: int
-    """How often it was claimed: one that kills its worker again and again shows here."""
+    """How often it was claimed."""
     created_at: datetime
     closed_at: datetime | None
     serial: str | None
@@ -103,14 +105,16 @@ def find_open(tx: Connection, lineage_id: str) -> Issuance | None:
     return None if row is None else to_value(Issuance, row)
 
 
-def list_open(tx: Connection) -> list[tuple[Issuance, list[str]]]:
-    """Return every open issuance with its names, oldest first."""
+def list_open(tx: Connection, directory_url: str | None = None) -> list[tuple[Issuance, list[str]]]:
+    """Return every open issuance (of one CA) with its names, oldest first."""
     query = (
         select(*columns_of(Issuance, issuances), lineages.c.dns_names)
         .join(lineages, lineages.c.id == issuances.c.lineage_id)
         .where(_OPEN)
         .order_by(issuances.c.created_at)
     )
+    if directory_url is not None:
+        query = query.where(lineages.c.directory_url == directory_url)
     return [(Issuance(*row[:-1]), row[-1]) for row in tx.execute(query)]
 
 
@@ -253,14 +257,15 @@ def read_again(tx: Connection, claimed: Issuance) -> Issuance:
     return found
 
 
-def is_ordering(tx: Connection, names_hash: str, account_id: str, besides: str) -> bool:
-    """Say whether another open issuance orders the same names with the same account.
+def is_ordering(tx: Connection, names_hash: str, account_id: str, besides: str, now: datetime) -> bool:
+    """Say whether another open issuance orders the same names with the same account, and is not set aside for long.
 
     A CA may answer both with one order (Boulder does), which only one of them can finalize.
     """
     started = issuances.c.state.not_in([State.QUEUED, State.KEY_READY])
     same = (issuances.c.names_hash == names_hash, issuances.c.account_id == account_id, issuances.c.id != besides)
-    query = select(1).where(text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN_STATE}"), started, *same)
+    soon = issuances.c.attempt_at <= now + _SET_ASIDE
+    query = select(1).where(text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN_STATE}"), started, soon, *same)
     return tx.execute(query.limit(1)).first() is not None
 
 
@@ -292,7 +297,8 @@ def cancel_abandoned(tx: Connection, untouched_since: datetime, now: datetime, l
     Their CA is not asked any more, mostly because the settings name another one.
     """
     unwanted = ~exists(select(1).where(policy_lineages.c.lineage_id == issuances.c.lineage_id))
-    old = select(issuances.c.id).where(_OPEN, issuances.c.lease_until.is_(None), unwanted)
+    free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
+    old = select(issuances.c.id).where(_OPEN, free, unwanted)
     ids = old.where(issuances.c.state_at < untouched_since, issuances.c.attempt_at < untouched_since).limit(limit)
     cancelled = update(issuances).where(issuances.c.id.in_(ids.scalar_subquery()))
     return tx.execute(cancelled.values(state=State.CANCELLED, state_at=now, closed_at=now)).rowcount

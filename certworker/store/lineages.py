@@ -83,6 +83,19 @@ def lock(tx: Connection, lineage_id: str) -> Lineage | None:
     return None if row is None else to_value(Lineage, row)
 
 
+def lock_all(tx: Connection, ids: list[str]) -> None:
+    """Lock these lineages until the commit, in the order of `ids`: sort them, as everybody does."""
+    for page in pages(ids):
+        tx.execute(select(lineages.c.id).where(lineages.c.id.in_(page)).order_by(lineages.c.id).with_for_update())
+
+
+def linked_ids(tx: Connection, policy_id: str) -> list[str]:
+    """Return the ids of the lineages that a policy is linked to."""
+    return list(
+        tx.execute(select(policy_lineages.c.lineage_id).where(policy_lineages.c.policy_id == policy_id)).scalars()
+    )
+
+
 def find_or_add(tx: Connection, names: list[str], issuer: Issuer, now: datetime) -> str:
     """Return the id of the lineage for exactly these names and issuer, made if it is not there."""
     return find_or_add_all(tx, [names], issuer, now)[0]

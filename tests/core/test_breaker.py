@@ -224,12 +224,11 @@ def test_half_open_with_nothing_due_to_try_is_closed_by_the_directory() -> None:
     assert breaker.state is State.CLOSED
 
 
-def test_a_pause_that_was_ended_is_tried_with_an_order_only() -> None:
-    """The directory says nothing of the account."""
-    breaker = resume(fail(Breaker(), REFUSED))
+def test_a_pause_that_was_ended_does_not_last_because_nothing_is_due() -> None:
+    """The directory says nothing of the account, but the next order does, and pauses it again."""
+    breaker = resume(fail(Breaker(), REFUSED), NOW, 0.0)
 
-    assert breaker.state is State.HALF_OPEN
-    assert begin_probe(breaker, NOW + DAY, 0.0) is None
+    assert begin_probe(breaker, NOW + 5 * MINUTE, 0.0) is not None
 
 
 def test_a_wait_from_a_clock_that_ran_ahead_ends_when_it_is_put_right() -> None:
@@ -341,7 +340,7 @@ def test_an_account_that_was_recovered_pauses_nobody() -> None:
 def test_a_pause_ends_with_one_order() -> None:
     """Three answers to it, and it is over; refused again, and it is paused for another day."""
     paused = fail(Breaker(), REFUSED)
-    tried = resume(paused)
+    tried = resume(paused, NOW, 0.0)
     assert admits(tried, NOW) == Trial()
 
     again = fail(tried, REFUSED, NOW + HOUR)
@@ -353,7 +352,7 @@ def test_a_pause_ends_with_one_order() -> None:
 
 @pytest.mark.parametrize("breaker", [Breaker(), opened(), half_open()])
 def test_only_a_pause_is_resumed(breaker: Breaker) -> None:
-    assert resume(breaker) == breaker
+    assert resume(breaker, NOW, 0.0) == breaker
 
 
 def test_late_answers_do_not_end_a_pause() -> None:
@@ -389,7 +388,7 @@ def test_whatever_happens_it_answers(happened: list[tuple[Failure | str, timedel
             case "success":
                 breaker = after_success(breaker, now)
             case "resume":
-                breaker = resume(breaker)
+                breaker = resume(breaker, NOW, 0.0)
             case _:
                 begun = begin_probe(breaker, now, draw)
                 if begun is not None:

@@ -376,7 +376,7 @@ def test_another_order_for_the_same_names_is_seen(db: Database) -> None:
     key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s", "names_hash": "h", "account_id": account}
 
     def asks(account_id: str = account) -> bool:
-        return db.read(lambda tx: issuances.is_ordering(tx, "h", account_id, second.id))
+        return db.read(lambda tx: issuances.is_ordering(tx, "h", account_id, second.id, NOW))
 
     ready = db.write(lambda tx: issuances.record(tx, first, NOW, state=State.KEY_READY, **key))
     assert not asks()
