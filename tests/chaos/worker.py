@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,10 @@ class Worker:
         assert self._end(signal.SIGTERM) == 0, self.said()
 
     def freeze(self) -> None:
-        """SIGSTOP: it holds all that it has, and does nothing."""
-        self._running().send_signal(signal.SIGSTOP)
+        """SIGSTOP, and wait until every thread stands still: it holds all that it has, and does nothing."""
+        process = self._running()
+        process.send_signal(signal.SIGSTOP)
+        until(lambda: _thread_states(process.pid) == {"T"})
 
     def thaw(self) -> None:
         """SIGCONT: it goes on as if nothing had been."""
@@ -90,6 +92,15 @@ class Worker:
         code = process.wait(_STOP_LIMIT)
         self.process = None
         return code
+
+
+def _thread_states(pid: int) -> set[str]:
+    """Return the states of a process's threads as proc(5) has them; "T" is stopped."""
+    states = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            states.add(path.read_text().rpartition(")")[2].split()[0])
+    return states
 
 
 @dataclass
