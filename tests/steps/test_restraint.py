@@ -108,7 +108,7 @@ def test_nobody_makes_it_order_the_same_names_for_ever(world: World) -> None:
 
     assert orders(world) == 10
     (error,) = errors_of(world)
-    assert error["detail"].startswith("our own limit 'runaway:")
+    assert error["detail"] == "our own limit 'runaway' for this CA is used up for a.example.com"
 
 
 def test_the_ledger_of_lets_encrypt_is_asked_once_for_each_order(world: World) -> None:
