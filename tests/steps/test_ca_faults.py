@@ -190,6 +190,7 @@ def test_a_challenge_that_was_answered_before(life: Life) -> None:
     (authorization,) = life.world.ca.authorizations.values()
     authorization.challenge_status = "processing"
     challenge = {**authorization.challenge(), "status": "processing"}
+    life.wire.change("/order/*", lambda shown: shown.update(status="pending"), times=1)
     life.wire.change("/authorization/*", lambda shown: shown.update(status="pending", challenges=[challenge]), times=1)
     session.look_anew()
     life.move(session)
