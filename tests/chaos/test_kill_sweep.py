@@ -26,8 +26,8 @@ from .worker import Rig
 
 pytestmark = pytest.mark.pebble
 
-RESUME_LIMIT = 10.0
-"""Seconds from the start of the process to the active certificate; 5 are promised on SQLite, by a machine at rest."""
+RESUME_LIMIT = {"sqlite": 5.0, "postgresql": 10.0}
+"""Seconds from the start of the process to the active certificate that are promised."""
 
 Reached = Callable[[], bool]
 Arrange = Callable[[Rig, ExitStack], Reached]
@@ -164,7 +164,7 @@ def test_one_certificate_whatever_dies(point: Point, rig: Rig, record_property: 
     assert (rig.accounts(), rig.orders()) == (1, point.orders)
     assert done.id == dead.id
     assert dead.spki_sha256 in (None, done.spki_sha256)
-    assert resumed <= RESUME_LIMIT
+    assert in_time(rig, resumed)
 
 
 def describe(rig: Rig, point: Point, resumed: float, wanted: int = 1) -> dict[str, object]:
@@ -175,6 +175,11 @@ def describe(rig: Rig, point: Point, resumed: float, wanted: int = 1) -> dict[st
         "wanted": wanted, "issued": issued, "keys lost": len(keys_lost(rig)), "duplicates": issued - wanted,
         "orders": rig.orders(), "resume s": f"{resumed:.1f}",
     }  # fmt: skip
+
+
+def in_time(rig: Rig, resumed: float) -> bool:
+    """Say whether nothing was waited for: a busy machine is given what the life before took to get to its end."""
+    return resumed <= RESUME_LIMIT[rig.database] + rig.worker.lived
 
 
 def kill_at(point: Point, rig: Rig, start: Callable[[], None]) -> Row[Any]:
@@ -248,6 +253,6 @@ def test_a_delivery_is_killed(rig: Rig, record_property: Callable[[str, object],
     assert (status, body) == (200, b"hello from upstream")
     assert f"{x509.load_der_x509_certificate(leaf).serial_number:x}" == rig.serial(NAME)
     assert rig.orders() == 1
+    assert in_time(rig, resumed)
     rig.worker.stop()
     assert masters(rig.box) == []
-    assert resumed <= RESUME_LIMIT
