@@ -3,6 +3,7 @@
 import argparse
 import secrets
 import shutil
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ KILLS = ("SIGKILL",)
 def main() -> int:
     """Read the command line, run the soak, print what came of it."""
     asked = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # on the way out everything is ended
     plan = _plan(asked)
     print(f"seed {plan.seeds[0]}, {plan.workers} workers on {plan.database}, {plan.names} names", flush=True)
     folder = asked.folder or Path(mkdtemp(prefix="certworker-soak-"))
@@ -34,7 +36,12 @@ def _plan(asked: argparse.Namespace) -> Plan:
     seed = asked.seed if asked.seed is not None else secrets.randbelow(10**6)
     workers = 1 if asked.database == "sqlite" else asked.workers
     plan = Plan(asked.minutes * 60, (seed,), workers, asked.database, asked.names, timedelta(seconds=asked.life))
-    changes = {"ca_resets": asked.ca_resets, "by_hand": asked.minutes < 5, "every": asked.every}
+    changes = {
+        "ca_resets": asked.ca_resets,
+        "by_hand": asked.minutes < 5,
+        "every": asked.every,
+        "renew_per_second": asked.renew,
+    }
     if asked.issue:
         changes |= {"names": asked.issue, "until_issued": True, "only": KILLS if asked.kills else ()}
     return Plan(**{**plan.__dict__, **changes})
@@ -50,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--names", type=int, default=40, help="certificates for one name each (40)")
     add("--life", type=int, default=int(LIFE.total_seconds()), help="seconds that a certificate is valid (240)")
     add("--every", type=float, default=1.2, help="seconds between two faults, on average (1.2)")
+    add("--renew", type=int, default=2, help="certificates renewed each second, besides those that are due (2)")
     add("--ca-resets", action="store_true", help="the CA forgets everything now and then")
     add("--issue", type=int, help="so many certificates of 90 days, each once, instead of renewals")
     add("--kills", action="store_true", help="with --issue: workers are killed meanwhile")

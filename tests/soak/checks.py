@@ -3,7 +3,6 @@
 import re
 import sqlite3
 import subprocess
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -39,21 +38,21 @@ class Needles:
     """Many secrets, looked for in one pass however many they are."""
 
     def __init__(self, secrets: list[Secret]) -> None:
-        self._of_gram: dict[bytes, set[int]] = defaultdict(set)
-        self._secrets = secrets
-        for number, secret in enumerate(secrets):
+        self._of_gram: dict[bytes, Secret] = {}
+        """A gram belongs to one secret: eight bytes of two keys are not the same."""
+        for secret in secrets:
             for form in secret.forms:
                 assert len(form) >= _GRAM + _STRIDE - 1, f"{secret.name}: a form is too short to be found"
-                for at in range(len(form) - _GRAM + 1):
-                    self._of_gram[form[at : at + _GRAM]].add(number)
+                grams = (form[at : at + _GRAM] for at in range(len(form) - _GRAM + 1))
+                self._of_gram.update(dict.fromkeys(grams, secret))
 
     def found_in(self, content: bytes) -> list[str]:
         """Return the names of the secrets that stand in `content`, in any of their forms."""
         # PEM breaks its lines.
         joined = content.replace(b"\n", b"").replace(b"\\n", b"")
         grams = {text[at : at + _GRAM] for text in (content, joined) for at in range(0, len(text), _STRIDE)}
-        suspects = {number for gram in grams & self._of_gram.keys() for number in self._of_gram[gram]}
-        return [self._secrets[number].name for number in suspects if self._secrets[number].is_in(content)]
+        suspects = {secret.name: secret for secret in map(self._of_gram.get, grams) if secret is not None}
+        return [name for name, secret in suspects.items() if secret.is_in(content)]
 
 
 def leaks(fleet: Fleet) -> list[str]:

@@ -151,7 +151,7 @@ class Storm:
         while time.monotonic() < over and going():
             while self._agenda and self._agenda[0][0] <= time.monotonic():
                 heapq.heappop(self._agenda)[2]()
-            if next_at <= time.monotonic():
+            if self._kinds and next_at <= time.monotonic():
                 self._strike()
                 next_at = time.monotonic() + self._draw.uniform(0.3, 1.7) * self._every
             self._look_for_dead()
