@@ -45,8 +45,6 @@ class Worker:
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     """By the monotonic clock."""
-    lived: float = 0.0
-    """How many seconds its last life had when it was ended."""
 
     def start(self) -> None:
         """Start it, in the same place with the same settings as before."""
@@ -89,7 +87,7 @@ class Worker:
         return self.process
 
     def _end(self, number: signal.Signals) -> int:
-        process, self.lived = self._running(), time.monotonic() - self.started_at
+        process = self._running()
         process.send_signal(number)
         code = process.wait(_STOP_LIMIT)
         self.process = None
