@@ -9,9 +9,9 @@ from certworker.store.database import Database
 
 
 def explain(db: Database, fn: Callable[[Connection], Any], verb: str = "SELECT", before: int = 0) -> str:
-    """Run `fn` and return the plan of its first `verb` after `before` others, made with the very statement and values it ran.
+    """Run `fn` and return the plan of its first `verb`, after `before` others.
 
-    PostgreSQL is told that reading a whole table is dear, or it would read an empty one whole.
+    It is made with the very statement and values that ran. PostgreSQL is told that reading a whole table is dear, or it would read an empty one whole.
     """
     seen: list[tuple[str, Any]] = []
 
