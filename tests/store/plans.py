@@ -11,7 +11,8 @@ from certworker.store.database import Database
 def explain(db: Database, fn: Callable[[Connection], Any], verb: str = "SELECT", before: int = 0) -> str:
     """Run `fn` and return the plan of its first `verb`, after `before` others.
 
-    It is made with the very statement and values that ran. PostgreSQL is told that reading a whole table is dear, or it would read an empty one whole.
+    It is made with the very statement and values that ran. PostgreSQL is told that reading a whole table is dear, or
+    it would read an empty one whole.
     """
     seen: list[tuple[str, Any]] = []
 
