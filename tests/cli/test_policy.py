@@ -256,7 +256,7 @@ def test_an_unreachable_ca_is_waiting_with_its_reason(cli: Cli) -> None:
     """After the timeout: exit code 1, class, detail, next attempt and hint."""
     add(cli, "a.test")
 
-    done = cli("renew", "--timeout", "0.3", "--json")
+    done = cli("renew", "--timeout", "3", "--json")
     assert done.code == 1
     assert (done.json["renewed"], done.json["failed"]) == ([], [])
     waiting = done.json["waiting"][0]
