@@ -129,17 +129,20 @@ class Storm:
     def _weigh(self, only: Collection[str] | None) -> dict[str, tuple[Callable[[], None], float]]:
         """Return what may strike, and how often compared with the rest."""
         kinds: dict[str, tuple[Callable[[], None], float]] = {
-            "SIGKILL": (self._kill, 4), "SIGTERM": (self._terminate, 1.5), "SIGSTOP": (self._freeze, 2),
-            "held": (self._hold, 1.5), "503 Retry-After": (lambda: self._ask_to_wait(503), 1.5),
+            "SIGKILL": (self._kill, 4), "SIGTERM": (self._terminate, 1.5), "held": (self._hold, 1.5),
+            "503 Retry-After": (lambda: self._ask_to_wait(503), 1.5),
             "429": (lambda: self._ask_to_wait(429), 1.5), "badNonce storm": (self._refuse_nonces, 1),
             "CA outage": (self._outage, 0.5), **{kind: (partial(self._break, kind), 1.2) for kind in _BROKEN},
         }  # fmt: skip
         if self._postgres is not None:
             kinds |= {"PostgreSQL restart": (self._restart_postgres, 0.5), "connections cut": (self._cut, 1.5)}
+        if len(self._fleet.workers) > 1:
+            # Alone on SQLite it would hold the lock that the storm itself needs.
+            kinds["SIGSTOP"] = (self._freeze, 2)
         if self._mortal:
             kinds["name dies"] = (self._let_die, 1)
         if self._ca_resets:
-            kinds["CA reset"] = (self._reset_ca, 0.3)
+            kinds["CA reset"] = (self._reset_ca, 0.5)
         return {kind: what for kind, what in kinds.items() if only is None or kind in only}
 
     def rage(self, seconds: float, going: Callable[[], bool] = lambda: True) -> None:
@@ -280,7 +283,7 @@ class Storm:
         number = self._pick(signed_on=True)
         if number is None:
             return
-        worker, alone = self._fleet.workers[number], len(self._fleet.workers) == 1
+        worker = self._fleet.workers[number]
         began, seconds = time.monotonic(), self._draw.uniform(2, 6) if self._by_hand else self._draw.uniform(3, 75)
         worker.freeze()
         self._struck.counts["SIGSTOP"] += 1
@@ -290,9 +293,9 @@ class Storm:
             self._struck.disturbed.append((began, time.monotonic()))
             self._busy.discard(number)
 
-        if self._by_hand and not alone:
+        if self._by_hand:
             self._later(seconds / 2, lambda: self._fleet.end_leases_of(worker))
-        self._later(seconds if not alone else min(seconds, 4), thaw)
+        self._later(seconds, thaw)
 
     # -- PostgreSQL -----------------------------------------------------------------------------------
 
