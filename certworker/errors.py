@@ -169,6 +169,8 @@ class CaError(CertworkerError):
     asked: str | None = None
     """What was asked (a `core.retry.Endpoint`), where it was not what the caller was after: every act needs
     the directory and a nonce first."""
+    told: bool = False
+    """Whether it was counted against the CA: who waited for the same request has the same error."""
 
 
 class AccountGone(CaError):

@@ -47,8 +47,10 @@ def meet(bench: Bench, session: Session, error: CaError, doing: Endpoint) -> Non
         give_up_key(bench, session, unusable)
         return
     except CaError as other:  # the CA cannot be asked for the account either
-        failure = classify(other, Endpoint.ACCOUNT)
-    bench.gate.failed(failure, session.lineage.id)
+        error, failure = other, classify(other, Endpoint.ACCOUNT)
+    if not error.told:
+        error.told = True
+        bench.gate.failed(failure, session.lineage.id)
     if failure.error_class in _GOES_ON and failure.type not in _ENDS_ORDER:
         put_off(bench, session, failure)
     else:

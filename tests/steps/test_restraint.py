@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from certworker.core.budget import LETS_ENCRYPT, Limit, Limits
+from certworker.core.retry import Endpoint
 from certworker.errors import StoreError, TransportFault
 from certworker.steps import trouble
 from certworker.steps.crew import Crew
@@ -152,6 +153,19 @@ def test_a_ca_in_trouble_is_left_alone_by_those_who_have_not_met_it(world: World
         assert session.issuance.attempt_at == now
 
     assert len(world.ca.requests) == asked
+
+
+def test_one_answer_that_many_waited_for_is_one_failure_of_the_ca(world: World) -> None:
+    """Issuances that wait for one newAccount get its error, all of them; each is put off, the CA has failed once."""
+    world.add_policy(*(f"n{number}.example.com" for number in range(6)))
+    world.take_over()
+    bench, error = world.bench(), TransportFault("connect", "https://ca.test/new-account", "refused")
+
+    for session in world.claim():
+        trouble.meet(bench, session, error, Endpoint.NEW_ACCOUNT)
+        assert session.issuance.failures == 1
+
+    assert world.rows("SELECT state, failures FROM ca_breakers") == [("closed", 1)]
 
 
 def test_what_a_person_has_to_mend_stops_everybody_until_it_is_mended(world: World) -> None:
