@@ -267,14 +267,16 @@ class Crew:
             advance(self._bench, session)
         except StoreRefused as error:
             _log.exception("issuance.refused", extra={"issuance": session.issuance.id})
-            trouble.put_off_bug(self._bench, session, f"{error} in state {session.issuance.state}")
+            self._put_off_bug(session, str(error))
         except (LeaseLost, StoreError):
             raise
         except Exception as error:  # noqa: BLE001 - one strange issuance must not stop the others
             _log.exception("issuance.bug", extra={"issuance": session.issuance.id})
-            if not session.issuance.is_open:
-                return
-            trouble.put_off_bug(self._bench, session, f"{type(error).__name__} in state {session.issuance.state}")
+            self._put_off_bug(session, type(error).__name__)
+
+    def _put_off_bug(self, session: Session, said: str) -> None:
+        if session.issuance.is_open:  # what has ended is as it should be, whatever went wrong after it
+            trouble.put_off_bug(self._bench, session, f"{said} in state {session.issuance.state}")
 
     def _keeps(self, session: Session) -> bool:
         """Say whether the session stays with this worker; one that waits for long is given back."""
