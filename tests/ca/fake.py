@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 
 from certworker.ca.transport import ANSWER_LIMIT, Http, Response
-from certworker.errors import AnswerFault
+from certworker.errors import AnswerFault, CaError
 
 from . import fake_jws
 from .fake_issuer import base64url, issue, make_hierarchy, to_pem
@@ -139,6 +139,8 @@ class FakeCa(_Knobs):
 
         def answer(url: str) -> Response:
             if raises is not None:
+                if isinstance(raises, CaError):
+                    raises.told = False  # each request has an error of its own
                 raise raises
             content = json.dumps(document or {}).encode() if body is None else body
             common = {"content-type": kind, "replay-nonce": self._nonce()}

@@ -1,6 +1,7 @@
 """The real command line on an embedded database of each test's own."""
 
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -86,7 +87,10 @@ class Cli:
 
     def __call__(self, *arguments: str) -> Done:
         self._capture.readouterr()
-        code = run(list(arguments))
+        try:
+            code = run(list(arguments))
+        finally:
+            _end_logging()
         said = self._capture.readouterr()
         return Done(code, said.out, said.err)
 
@@ -171,6 +175,14 @@ def write(tmp_path: Path) -> Callable[[str, str], str]:
         return str(path)
 
     return write
+
+
+def _end_logging() -> None:
+    """Take back what `start_logging` did to the process: the tests that follow log as if no command had run."""
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
 
 
 def _clean() -> dict[str, str]:
