@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
-from certworker.core.retry import LONGEST_RETRY_AFTER, Endpoint, ErrorClass, Failure, Scope, spread_wait
+from certworker.core.retry import BAD_NONCE, LONGEST_RETRY_AFTER, Endpoint, ErrorClass, Failure, Scope, spread_wait
 
 
 class State(StrEnum):
@@ -85,6 +85,8 @@ Admission = Free | Trial | Closed
 _OPENS_AFTER = 5
 _OPENS_AT_DIRECTORY = 3
 """Without the directory nothing else can even be tried."""
+_OPENS_AT_NONCES = 12
+"""At a CA that refuses nine nonces of ten a third of all acts fails, ten tries each: a few in a row are chance."""
 _CLOSES_AFTER = 3
 _PROBES = (timedelta(seconds=30), timedelta(minutes=1), timedelta(minutes=2), timedelta(minutes=5))
 """After opening, and after each probe; the last one repeats."""
@@ -204,7 +206,7 @@ def _fail(breaker: Breaker, failure: Failure, now: datetime, draw: float) -> Bre
     match breaker.state:
         case State.CLOSED:
             failures, error = breaker.failures + 1, _describe(failure)
-            if failures < (_OPENS_AT_DIRECTORY if failure.endpoint is Endpoint.DIRECTORY else _OPENS_AFTER):
+            if failures < _opens_after(failure):
                 return replace(breaker, failures=failures, error=error)
             probes = breaker.probes if now - breaker.state_at < _CALM else 0
             opened = replace(breaker, state=State.OPEN, state_at=now, failures=failures, probes=probes, error=error)
@@ -213,6 +215,13 @@ def _fail(breaker: Breaker, failure: Failure, now: datetime, draw: float) -> Bre
             return _plan_probe(replace(breaker, state=State.OPEN, error=_describe(failure)), now, draw)
         case State.OPEN | State.PAUSED:
             return breaker
+
+
+def _opens_after(failure: Failure) -> int:
+    """Return how many failures in a row open it, the last of which is `failure`."""
+    if failure.type == BAD_NONCE:
+        return _OPENS_AT_NONCES
+    return _OPENS_AT_DIRECTORY if failure.endpoint is Endpoint.DIRECTORY else _OPENS_AFTER
 
 
 def _pause(breaker: Breaker, failure: Failure, registration: str, now: datetime, draw: float) -> Breaker:

@@ -111,6 +111,8 @@ _LONGEST_URGENT = timedelta(hours=6)
 """At four failed validations a day Let's Encrypt pauses a name after a year; the certificate has hours."""
 _LONGEST_REPLACING = timedelta(hours=24)
 """Longest wait after a permanent error while there is a certificate to lose."""
+_REFUSED_NONCES = timedelta(seconds=15)
+"""Longest wait after a row of refused nonces: chance, most times; where it is not, the breaker opens."""
 _MISTRUST = timedelta(minutes=12, seconds=30)
 """Shortest wait for a CA whose own TLS certificate is not trusted: ten minutes with the shortest draw."""
 
@@ -130,6 +132,8 @@ def retry_at(failure: Failure, failures: int, now: datetime, draw: float, servin
         step = min(step, _LONGEST_URGENT)
     elif failure.error_class is ErrorClass.PERMANENT and serving is not None:
         step = min(step, _LONGEST_REPLACING)
+    elif failure.type == BAD_NONCE:
+        step = min(step, _REFUSED_NONCES)
     elif failure.type == MISTRUSTED:
         step = max(step, _MISTRUST)
     return now + step * (0.8 + 0.4 * draw)
@@ -145,6 +149,8 @@ def spread_wait(retry_after: timedelta, draw: float) -> timedelta:
 _T, _V, _R, _P, _X = ErrorClass
 _GRAVITY = {error_class: gravity for gravity, error_class in enumerate(ErrorClass)}
 
+BAD_NONCE = "urn:ietf:params:acme:error:badNonce"
+"""The type of a failure whose every try was refused for its nonce (RFC 8555 §6.5)."""
 MISTRUSTED = "certworker:ca-tls"
 """The type of a failure to trust the CA's own TLS certificate."""
 

@@ -22,7 +22,7 @@ from certworker.core.breaker import (
     begin_probe,
     resume,
 )
-from certworker.core.retry import Endpoint, ErrorClass, Failure, Scope
+from certworker.core.retry import BAD_NONCE, Endpoint, ErrorClass, Failure, Scope
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)
@@ -48,6 +48,7 @@ def fail(breaker: Breaker, met: Failure, now: datetime = NOW, lineage: str = "a"
 
 DOWN = failure()
 NO_DIRECTORY = failure(endpoint=Endpoint.DIRECTORY)
+NONCES = replace(DOWN, type=BAD_NONCE)
 REFUSED = failure(Scope.ACCOUNT, X)
 LIMITED = failure(Scope.ISSUANCE, R)
 
@@ -87,6 +88,9 @@ def test_one_that_was_never_in_trouble_is_free() -> None:
         ([NO_DIRECTORY] * 3, State.OPEN),
         ([NO_DIRECTORY] * 2 + [DOWN], State.CLOSED),
         ([DOWN] * 2 + [NO_DIRECTORY], State.OPEN),
+        ([NONCES] * 11, State.CLOSED),
+        ([NONCES] * 12, State.OPEN),
+        ([NONCES] * 5 + [None] + [NONCES] * 11, State.CLOSED),
         ([DOWN] * 4 + [None] + [DOWN] * 4, State.CLOSED),
         ([DOWN] * 4 + [failure(Scope.ISSUANCE, V)] + [DOWN] * 4, State.CLOSED),
         ([DOWN] * 4 + [failure(Scope.ISSUANCE, T)] + [DOWN], State.OPEN),
@@ -95,7 +99,7 @@ def test_one_that_was_never_in_trouble_is_free() -> None:
     ],
 )
 def test_five_in_a_row_open_it(met: list[Failure | None], expected: State) -> None:
-    """Or a third at the directory. What one order meets shows that the CA answers, if it was asked and has answered."""
+    """Or a third at the directory; refused nonces are mostly chance. What one order meets shows that the CA answers, if it was asked and has answered."""
     breaker = Breaker()
     for each in met:
         breaker = after_success(breaker, NOW) if each is None else fail(breaker, each)

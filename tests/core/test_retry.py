@@ -115,7 +115,7 @@ def test_the_cas_wish_is_never_undercut(failure: Failure, count: int, draw: floa
     assert wait <= max(asked, timedelta(seconds=1)) * 1.1
 
 
-@given(st.sampled_from(ErrorClass), draws, servings, st.sampled_from(["t", "certworker:ca-tls"]))
+@given(st.sampled_from(ErrorClass), draws, servings, st.sampled_from(["t", "certworker:ca-tls", URN + "badNonce"]))
 def test_patience_grows(error_class: ErrorClass, draw: float, serving: Validity | None, type_: str) -> None:
     """Each failure in a row waits at least as long as the one before, for the same draw."""
     waits = [pause(error_class, count, draw, serving, type_) for count in range(1, 20)]
@@ -151,6 +151,13 @@ def test_schedules(error_class: ErrorClass, serving: Validity | None, minutes: l
     waits = [pause(error_class, n, serving=serving) for n in range(1, len(minutes) + 1)]
 
     assert waits == [timedelta(minutes=m) for m in minutes]
+
+
+def test_refused_nonces_are_tried_again_soon() -> None:
+    """Ten refusals of ten are chance at a CA that refuses nine: the next act may pass."""
+    waits = [pause(T, count, type_=URN + "badNonce") for count in range(1, 9)]
+
+    assert waits == [timedelta(seconds=5), *[timedelta(seconds=15)] * 7]
 
 
 @given(st.integers(1, 50), draws)
