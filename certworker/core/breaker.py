@@ -147,6 +147,13 @@ def after_success(breaker: Breaker, now: datetime) -> Breaker:
             return breaker  # asked before it opened, answered late
 
 
+def is_answered(failure: Failure) -> bool | None:
+    """Say whether the CA has answered an issuance that met `failure`; None if that does not show."""
+    if failure.scope is Scope.CA:
+        return False
+    return True if failure.endpoint is not None and failure.error_class is not ErrorClass.TRANSIENT else None
+
+
 def after_failure(
     breaker: Breaker, failure: Failure, lineage_id: str, registration: str, now: datetime, draw: float
 ) -> Breaker:
@@ -160,7 +167,7 @@ def after_failure(
             return _fail(_hold(breaker, failure, now, draw), failure, now, draw)
         case Scope.ACCOUNT if failure.error_class in (ErrorClass.ACTION_REQUIRED, ErrorClass.PERMANENT):
             return _pause(breaker, failure, registration, now, draw)
-        case Scope.ISSUANCE if failure.error_class is not ErrorClass.TRANSIENT and failure.endpoint is not None:
+        case Scope.ISSUANCE if is_answered(failure):
             answered = after_success(breaker, now)
             limited = failure.error_class is ErrorClass.RATE_LIMITED and failure.endpoint is Endpoint.NEW_ORDER
             return _limit(answered, failure, lineage_id, now, draw) if limited else answered
@@ -191,6 +198,11 @@ def after_probe(breaker: Breaker, failure: Failure | None, now: datetime, draw: 
     if breaker.state is State.HALF_OPEN:
         return _fail(_hold(breaker, failure, now, draw), failure, now, draw)
     return replace(_hold(breaker, failure, now, draw), error=_describe(failure))
+
+
+def probe_wait(number: int, draw: float) -> timedelta:
+    """Return how long to wait before the directory is read, after `number` (>= 0) times that did not help."""
+    return spread_wait(_PROBES[min(number, len(_PROBES) - 1)], draw)
 
 
 def resume(breaker: Breaker, now: datetime, draw: float) -> Breaker:
@@ -260,7 +272,7 @@ def _leave_alone(breaker: Breaker, failure: Failure, until: datetime) -> Breaker
 def _plan_probe(breaker: Breaker, now: datetime, draw: float) -> Breaker:
     # By the time too: after hours in which no worker ran it is no new outage.
     number = breaker.probes if now - breaker.state_at < _SOON else len(_PROBES) - 1
-    return replace(breaker, probe_at=now + spread_wait(_PROBES[min(number, len(_PROBES) - 1)], draw))
+    return replace(breaker, probe_at=now + probe_wait(number, draw))
 
 
 def _describe(failure: Failure) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 What was last seen of the row answers without SQL; only what changes it is written. Who finds the CA
 unavailable, or available again, says so in the log once, for all workers.
+
+A worker whom the CA does not answer while it answers the others steps aside: its own way to the CA is
+broken, and must not be taken for an outage by everybody.
 """
 
 import logging
@@ -28,6 +31,12 @@ _SLOW_START = timedelta(minutes=5)
 """A CA that has held for so long after an outage is trusted with any number of issuances."""
 _ELSEWHERE = timedelta(seconds=2)
 """When to look again while another worker tries."""
+_ALONE_AFTER = 5
+"""Acts in a row that the CA did not answer us, while it answered others, before we step aside."""
+_ASIDE_HINT = (
+    "the CA answers other workers: check this one's way to it (DNS, firewall, HTTPS_PROXY, ACME_CA_BUNDLE); "
+    "they go on, and this one joins them when it can read the directory"
+)
 
 
 class Gate:
@@ -60,6 +69,13 @@ class Gate:
         """Until then the one order of a half-open CA is this worker's."""
         self._allowed = 1
         """Issuances in flight soon after an outage."""
+        self._unanswered = 0
+        """Acts of this worker in a row that the CA did not answer, counted as the row counts everybody's."""
+        self._met: Failure | None = None
+        """The last of them."""
+        self._look_at: datetime | None = None
+        """While it stands aside: when this worker reads the directory next."""
+        self._looks = 0
 
     # -- before claiming, and before asking the CA ----------------------------------------------------
 
@@ -75,6 +91,8 @@ class Gate:
     def admits(self) -> int | datetime:
         """Return how many issuances this worker may have in flight, or when to ask again: until then none."""
         now = self._clock()
+        if self._look_at is not None:
+            return max(self._look_at, now + _ELSEWHERE)
         match breaker.admits(self._seen, now):
             case Closed(until):
                 return until
@@ -86,6 +104,8 @@ class Gate:
     def closed_until(self) -> datetime | None:
         """Return when to ask again if the CA may not be asked now; reads no database."""
         now = self._clock()
+        if self._look_at is not None:
+            return max(self._look_at, now + _ELSEWHERE)
         match breaker.admits(self._seen, now):
             case Closed(until):
                 return until
@@ -99,12 +119,18 @@ class Gate:
     def succeeded(self) -> None:
         """Note that the CA answered an issuance as RFC 8555 has it."""
         now = self._clock()
-        self._change(lambda seen: breaker.after_success(seen, now))
+        self._change(lambda seen: breaker.after_success(seen, now), answered=True)
 
     def failed(self, failure: Failure, lineage_id: str) -> None:
         """Note what an issuance has met while asking the CA, whatever its scope."""
-        now, draw = self._clock(), self._draw()
-        self._change(lambda seen: breaker.after_failure(seen, failure, lineage_id, self._registration, now, draw))
+        now, draw, answered = self._clock(), self._draw(), breaker.is_answered(failure)
+        if answered is False:
+            if self._look_at is not None:
+                return  # it says nothing of the CA
+            self._met = failure
+        self._change(
+            lambda seen: breaker.after_failure(seen, failure, lineage_id, self._registration, now, draw), answered
+        )
 
     def issued(self) -> None:
         """Note that an issuance has ended well: soon after an outage twice as many may follow."""
@@ -114,12 +140,39 @@ class Gate:
     # -- while it is closed ---------------------------------------------------------------------------
 
     def probe(self, client: Client) -> None:
-        """Read the CA's directory if that is due; of all workers one does."""
+        """Read the CA's directory if that is due; of all workers one does, and each that stands aside."""
+        if self._look_at is not None and self._seen.state is not State.OPEN:
+            self._look(client, self._look_at)
+            return
         now, draw = self._clock(), self._draw()
         if not self._change(lambda seen: breaker.begin_probe(seen, now, draw) or seen):
             return
         failure, now = _ask(client), self._clock()
+        if failure is None:
+            self._come_back()
         self._change(lambda seen: breaker.after_probe(seen, failure, now, draw))
+
+    def _look(self, client: Client, look_at: datetime) -> None:
+        """Read the directory for ourselves: whether the CA answers others is known."""
+        if self._clock() < look_at:
+            return
+        failure = _ask(client)
+        if failure is None:
+            self._come_back()
+        else:
+            self._look_at = self._clock() + breaker.probe_wait(self._looks, self._draw())
+            self._looks += 1
+
+    def _step_aside(self) -> None:
+        self._look_at, self._looks = self._clock(), 0
+        said = {} if self._met is None else {"type": self._met.type, "detail": self._met.detail}
+        _log.warning("ca.out_of_reach", extra={"directory_url": self._directory_url, **said, "hint": _ASIDE_HINT})
+
+    def _come_back(self) -> None:
+        with self._lock:
+            aside, self._look_at, self._unanswered = self._look_at is not None, None, 0
+        if aside:
+            _log.info("ca.in_reach", extra={"directory_url": self._directory_url})
 
     def resume(self) -> None:
         """End a pause: the operator says that they have acted."""
@@ -153,9 +206,14 @@ class Gate:
 
     # -- the row --------------------------------------------------------------------------------------
 
-    def _change(self, change: Callable[[Breaker], Breaker]) -> bool:
-        """Write what `change` makes of the row, unless it would leave what was last seen; say whether it changed."""
+    def _change(self, change: Callable[[Breaker], Breaker], answered: bool | None = None) -> bool:
+        """Write what `change` makes of the row, unless it would leave what was last seen; say whether it changed.
+
+        `answered` is whether the CA has answered this worker, None if that does not show.
+        """
         if change(self._seen) == self._seen:
+            if answered:
+                self._unanswered = 0
             return False
 
         def write(tx: Transaction) -> tuple[Breaker, Breaker]:
@@ -167,7 +225,13 @@ class Gate:
 
         with self._lock:
             before, after = self._db.write(write)
+            if answered is not None:
+                self._unanswered = 0 if answered else self._unanswered + 1
+            self._see(before)
             self._see(after)
+            # Alone, the row would count what we count: somebody was answered in between.
+            if after.state is State.CLOSED and after.failures < self._unanswered >= _ALONE_AFTER:
+                self._step_aside()
         _tell(before, after, self._directory_url, self._clock())
         return after != before
 
@@ -176,6 +240,8 @@ class Gate:
             self._trial_until = None
         if seen.state_at != self._seen.state_at:
             self._allowed = 1
+            if seen.state is State.CLOSED and self._unanswered:
+                self._step_aside()  # it was closed by answers to others
         self._seen = seen
 
 

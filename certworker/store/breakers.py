@@ -8,15 +8,15 @@ from dataclasses import fields
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, literal, or_, select, update
+from sqlalchemy import Connection, Row, exists, literal, or_, select, update
 
 from certworker.core.breaker import Breaker, Limited, State
 from certworker.store.rows import columns_of, insert_new
-from certworker.store.tables import ca_breakers
+from certworker.store.tables import ca_breakers, workers
 from certworker.store.types import db_now, seconds_from_now
 
 TRIAL = timedelta(seconds=60)
-"""For so long one worker alone tries; it may take the trial again."""
+"""For so long one worker alone tries, unless it signs off; it may take the trial again."""
 
 
 def find(tx: Connection, directory_url: str) -> Breaker:
@@ -43,8 +43,9 @@ def put(tx: Connection, directory_url: str, breaker: Breaker) -> None:
 
 def take_trial(tx: Connection, directory_url: str, worker_id: str) -> bool:
     """Let `worker_id` be the one who tries a half-open CA, for TRIAL from now; say whether it is."""
-    ours = ca_breakers.c.trial_owner == worker_id
-    free = or_(ca_breakers.c.trial_until.is_(None), ca_breakers.c.trial_until <= db_now(), ours)
+    owner, until = ca_breakers.c.trial_owner, ca_breakers.c.trial_until
+    gone = ~exists().where(workers.c.id == owner)
+    free = or_(until.is_(None), until <= db_now(), owner == worker_id, gone)
     half_open = ca_breakers.c.state == State.HALF_OPEN
     taken = (
         update(ca_breakers)

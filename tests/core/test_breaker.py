@@ -99,7 +99,7 @@ def test_one_that_was_never_in_trouble_is_free() -> None:
     ],
 )
 def test_five_in_a_row_open_it(met: list[Failure | None], expected: State) -> None:
-    """Or a third at the directory; refused nonces are mostly chance. What one order meets shows that the CA answers, if it was asked and has answered."""
+    """Or three at the directory, or twelve nonces. What one order meets is an answer, if it was asked and answered."""
     breaker = Breaker()
     for each in met:
         breaker = after_success(breaker, NOW) if each is None else fail(breaker, each)

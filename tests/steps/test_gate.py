@@ -17,6 +17,7 @@ from certworker.ca.transport import ANSWER_LIMIT, Response
 from certworker.core.retry import Endpoint, ErrorClass, Failure, Scope
 from certworker.errors import TransportFault
 from certworker.steps.gate import UNLIMITED, Gate, incident
+from certworker.store import workers
 from certworker.store.database import Database, open_database
 from certworker.store.rows import new_id
 from tests.ca.fake import FakeCa
@@ -82,9 +83,10 @@ class Fleet:
 
     def start(self, registration: str = "settings") -> Gate:
         """Start a worker: its gate has seen the row once."""
-        db = open_database(url_of(self.world.db))
+        db, worker_id = open_database(url_of(self.world.db)), new_id()
         self.opened.append(db)
-        gate = Gate(db, self.world.ca.directory_url, self.clock, lambda: self.draw, new_id(), registration)
+        db.write(lambda tx: workers.enter(tx, worker_id, "host", 1, "1.0"))
+        gate = Gate(db, self.world.ca.directory_url, self.clock, lambda: self.draw, worker_id, registration)
         gate.refresh()
         return gate
 
@@ -100,9 +102,13 @@ class Fleet:
             gate.failed(DOWN, "a")
 
     def half_open(self, gate: Gate) -> None:
-        self.open_breaker(gate)
+        self.half_open_by(gate, opened_by=gate)
+
+    def half_open_by(self, gate: Gate, opened_by: Gate) -> None:
+        self.open_breaker(opened_by)
         self.line.down = False
         self.clock.move(30 * SECOND)
+        gate.refresh()
         gate.probe(self.client())
 
 
@@ -401,6 +407,111 @@ def test_limits_of_all_workers_count(fleet: Fleet) -> None:
 
 
 # -- a refused account ----------------------------------------------------------------------------------
+
+
+# -- a worker whose own way to the CA is broken ---------------------------------------------------------
+
+
+def test_a_worker_that_alone_is_not_answered_steps_aside(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """Five in a row while the others are answered: it is not the CA; an operator hears which worker it is."""
+    broken, well = fleet.start(), fleet.start()
+    for _ in range(5):
+        assert broken.closed_until() is None
+        broken.failed(DOWN, "a")
+        well.refresh()
+        well.succeeded()
+
+    assert well.admits() == UNLIMITED
+    assert fleet.incident() is None
+    assert isinstance(broken.admits(), datetime)
+    assert isinstance(broken.closed_until(), datetime)
+    assert told(caplog) == [("WARNING", "ca.out_of_reach")]
+    for _ in range(9):
+        broken.failed(DOWN, "a")
+    well.refresh()
+    assert well.admits() == UNLIMITED
+
+
+def test_one_that_was_taken_for_an_outage_is_told_apart_afterwards(fleet: Fleet) -> None:
+    """Five at once look like an outage; when another worker's orders show that it was none, it happens once."""
+    broken, well = fleet.start(), fleet.start()
+    fleet.half_open_by(well, opened_by=broken)
+    well.refresh()
+    assert well.admits() == 1
+    for _ in range(3):
+        well.succeeded()
+
+    broken.refresh()
+
+    assert isinstance(broken.admits(), datetime)
+    for _ in range(9):
+        broken.failed(DOWN, "a")
+    well.refresh()
+    assert well.closed_until() is None
+
+
+def test_who_stands_aside_looks_for_itself(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """At once, then as rarely as everybody looks at a CA that is down; who can read the directory joins in again."""
+    caplog.set_level(logging.INFO)
+    broken, well = fleet.start(), fleet.start()
+    for _ in range(5):
+        broken.failed(DOWN, "a")
+        well.refresh()
+        well.succeeded()
+    fleet.line.down = True
+    for _ in range(60):
+        broken.probe(fleet.client())
+        fleet.clock.move(10 * SECOND)
+    assert [at - START for at in fleet.line.read_at] == [s * SECOND for s in (0, 30, 90, 210, 510)]
+    assert well.admits() == UNLIMITED
+
+    fleet.line.down = False
+    fleet.clock.move(5 * MINUTE)
+    broken.probe(fleet.client())
+
+    assert broken.admits() == UNLIMITED
+    assert broken.closed_until() is None
+    assert told(caplog) == [("WARNING", "ca.out_of_reach"), ("INFO", "ca.in_reach")]
+    broken.failed(DOWN, "a")
+    assert broken.closed_until() is None
+
+
+def test_an_outage_that_all_meet_sets_nobody_aside(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever took part in finding it looks once, when the CA is back, and goes on."""
+    one, other = fleet.start(), fleet.start()
+    for gate in (one, other, one, other, one):
+        gate.failed(DOWN, "a")
+    fleet.clock.move(30 * SECOND)
+    one.probe(fleet.client())
+    one.refresh()
+    assert one.admits() == 1
+    for _ in range(3):
+        one.succeeded()
+
+    other.refresh()
+    other.probe(fleet.client())
+
+    assert other.admits() == 1
+    assert len(fleet.line.read_at) == 2
+
+
+def test_who_stands_aside_still_looks_at_a_ca_that_is_down_for_all(fleet: Fleet) -> None:
+    """Else nobody would, were it the last one."""
+    broken, well = fleet.start(), fleet.start()
+    for _ in range(5):
+        broken.failed(DOWN, "a")
+        well.refresh()
+        well.succeeded()
+    fleet.open_breaker(well)
+    fleet.line.down = False
+    broken.refresh()
+    fleet.clock.move(30 * SECOND)
+
+    broken.probe(fleet.client())
+    broken.probe(fleet.client())
+
+    assert fleet.line.read_at == [START + 30 * SECOND]
+    assert broken.admits() == 1
 
 
 def test_a_refused_account_pauses_all_workers(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:

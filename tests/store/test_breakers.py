@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import literal, update
 
 from certworker.core.breaker import Breaker, Limited, State
-from certworker.store import breakers
+from certworker.store import breakers, workers
 from certworker.store.database import Database, Transaction
 from certworker.store.rows import new_id
 from certworker.store.tables import ca_breakers
@@ -44,6 +44,16 @@ def put(breaker: Breaker, directory_url: str = CA) -> Callable[[Transaction], No
 
 def take(worker_id: str) -> Callable[[Transaction], bool]:
     return lambda tx: breakers.take_trial(tx, CA, worker_id)
+
+
+@pytest.fixture(autouse=True)
+def both_at_work(db: Database) -> None:
+    for worker_id in (ME, OTHER):
+        db.write(enter(worker_id))
+
+
+def enter(worker_id: str) -> Callable[[Transaction], None]:
+    return lambda tx: workers.enter(tx, worker_id, "host", 1, "1.0")
 
 
 def test_a_ca_never_in_trouble_has_a_breaker_too(db: Database) -> None:
@@ -106,6 +116,18 @@ def test_a_trial_ends_with_its_lease(db: Database) -> None:
     assert not db.write(take(ME))
 
 
+def test_a_trial_ends_when_its_worker_signs_off(db: Database) -> None:
+    """Whoever has left, or was buried, tries no more."""
+    db.write(put(replace(FULL, state=State.HALF_OPEN)))
+    db.write(take(ME))
+
+    db.write(lambda tx: workers.leave(tx, ME))
+
+    assert db.write(take(OTHER))
+    db.write(enter(ME))
+    assert not db.write(take(ME))
+
+
 @pytest.mark.parametrize("state", [State.CLOSED, State.OPEN, State.PAUSED])
 def test_only_a_half_open_ca_is_tried(db: Database, state: State) -> None:
     """And a trial ends with the state: the next one is anybody's."""
@@ -126,7 +148,11 @@ def test_there_is_nothing_to_try_at_a_ca_never_in_trouble(db: Database) -> None:
 def test_racing_workers_are_one(db: Database, twin: Database) -> None:
     db.write(put(replace(FULL, state=State.HALF_OPEN)))
 
+    racing = [new_id() for _ in range(24)]
+    for worker_id in racing:
+        db.write(enter(worker_id))
+
     with ThreadPoolExecutor(8) as threads:
-        asked = [threads.submit((db, twin)[n % 2].write, take(new_id())) for n in range(24)]
+        asked = [threads.submit((db, twin)[n % 2].write, take(worker_id)) for n, worker_id in enumerate(racing)]
 
     assert [done.result() for done in asked].count(True) == 1
