@@ -112,7 +112,7 @@ _LONGEST_URGENT = timedelta(hours=6)
 _LONGEST_REPLACING = timedelta(hours=24)
 """Longest wait after a permanent error while there is a certificate to lose."""
 _REFUSED_NONCES = timedelta(seconds=5)
-"""Wait after a row of refused nonces: the next one is as good as the first; where all are refused, the breaker opens."""
+"""After a row of refused nonces: the next one is as good as the first; where all are refused the breaker opens."""
 _MISTRUST = timedelta(minutes=12, seconds=30)
 """Shortest wait for a CA whose own TLS certificate is not trusted: ten minutes with the shortest draw."""
 
