@@ -67,8 +67,8 @@ _SHAPES: Mapping[str, _Shape] = {
     ),
     "listeners": _Shape(
         {"id": (str,), "name": (str, type(None)), "port": (int,), "protocol": (str,),
-         "tls_policy_id": (str, type(None)), "enabled": (bool,)},
-        {"name": None, "tls_policy_id": None, "enabled": True},
+         "tls_policy_id": (str, type(None)), "enabled": (bool,), "challenge": (str, type(None))},
+        {"name": None, "tls_policy_id": None, "enabled": True, "challenge": None},
         ("port", "protocol"),
         unique=True,
     ),
@@ -85,6 +85,7 @@ _CHOICES = {
     ("upstream_pools", "policy"): ("round_robin", "least_conn", "weighted"),
     ("tls_policies", "mode"): ("auto", "manual"),
     ("listeners", "protocol"): ("http", "https"),
+    ("listeners", "challenge"): ("forward", "stateless"),
     ("routes", "type"): ("port", "path", "ws"),
 }
 
@@ -132,7 +133,7 @@ def _read_row(name: str, number: int, given: object) -> Row:
             raise InputError(f"{where}: {column}: is missing")
         _check_type(where, column, row[column], types)
         choices = _CHOICES.get((name, column))
-        if choices and row[column] not in choices:
+        if choices and row[column] not in (None, *choices):
             raise InputError(f"{where}: {column} {show(row[column])}: must be one of {', '.join(choices)}")
     return row
 

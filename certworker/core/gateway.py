@@ -43,6 +43,8 @@ class ListenerRow:
     protocol: str
     tls_policy_id: str | None
     enabled: bool
+    challenge: str | None = None
+    """How HTTP-01 challenges are answered: `forward` (or None) or `stateless`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,8 +329,9 @@ def _read_listeners(
         policy_id = row.tls_policy_id if row.protocol == "https" else None
         if policy_id is not None and policy_id not in policy_ids:
             raise _FieldFault("tls_policy_id", "names no TLS policy that can be used", policy_id)
+        challenge = "forward" if row.challenge is None else row.challenge
         values = {"id": row.id, "port": row.port, "protocol": row.protocol, "tls_policy_id": policy_id}
-        return Listener.model_validate(values | {"routes": tuple(routes.get(row.id, ()))})
+        return Listener.model_validate(values | {"challenge": challenge, "routes": tuple(routes.get(row.id, ()))})
 
     return faults.read("listeners", enabled, read)
 

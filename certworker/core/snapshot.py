@@ -156,6 +156,11 @@ class Listener(Model):
     protocol: Literal["http", "https"]
     tls_policy_id: Id | None = None
     """None on https: the certificates of all policies, by SNI."""
+    # Left out of the document while it is the default: what a release wrote that did not know it keeps its digest.
+    challenge: Annotated[Literal["forward", "stateless"], Field(exclude_if=lambda value: value == "forward")] = (
+        "forward"
+    )
+    """Who answers HTTP-01 challenges: the responders, or the proxy itself with the account's thumbprint."""
     routes: tuple[Route, ...] = ()
 
     @property

@@ -21,7 +21,7 @@ APPLIED_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "upstream_pools": ("id", "name", "policy", "health_check"),
     "upstream_targets": ("id", "pool_id", "address", "weight", "enabled"),
     "tls_policies": ("id", "mode", "domains", "shared"),
-    "listeners": ("id", "name", "port", "protocol", "tls_policy_id", "enabled"),
+    "listeners": ("id", "name", "port", "protocol", "tls_policy_id", "enabled", "challenge"),
     "routes": ("id", "listener_id", "type", "match_expr", "priority", "upstream_pool_id", "enabled"),
 }
 """What a document may set; the rest is the program's."""

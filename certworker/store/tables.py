@@ -80,6 +80,8 @@ listeners = _table(
     _enabled(),
     _created(),
     _updated(),
+    # ours: how HTTP-01 challenges are answered; no CHECK, a wrong value is a fault that the snapshot reports
+    Column("challenge", Text),
     UniqueConstraint("port", "protocol"),
     _one_of("protocol", "http", "https"),
     Index(None, "enabled"),

@@ -51,7 +51,15 @@ def test_what_is_left_out_is_filled_in() -> None:
     ]
     assert rows["tls_policies"] == [{"id": uuid(3), "mode": "auto", "domains": ["shop.example.com"], "shared": False}]
     assert rows["listeners"] == [
-        {"id": uuid(4), "name": "front", "port": 443, "protocol": "https", "tls_policy_id": None, "enabled": True}
+        {
+            "id": uuid(4),
+            "name": "front",
+            "port": 443,
+            "protocol": "https",
+            "tls_policy_id": None,
+            "enabled": True,
+            "challenge": None,
+        }
     ]
     assert rows["routes"] == [
         {"id": uuid(5), "listener_id": uuid(4), "type": "path", "match_expr": {"path": {"prefix": "/"}},
@@ -134,6 +142,7 @@ def doc(**tables: Any) -> dict[Any, Any]:
         (doc(listeners=[{**LISTENER, "port": 443.0}]), "listeners 1: port 443.0: must be a whole number"),
         (doc(listeners=[{**LISTENER, "port": 2**40}]), "listeners 1: port 1099511627776: is too large"),
         (doc(listeners=[{**LISTENER, "protocol": "ftp"}]), "listeners 1: protocol 'ftp': must be one of http, https"),
+        (doc(listeners=[{**LISTENER, "challenge": "dns"}]), "challenge 'dns': must be one of forward, stateless"),
         (doc(listeners=[{**LISTENER, "protocol": ["http"]}]), "listeners 1: protocol ['http']: must be text"),
         (doc(listeners=[{**LISTENER, "name": 5}]), "listeners 1: name 5: must be text or nothing"),
         (doc(listeners=[{**LISTENER, "enabled": 1}]), "listeners 1: enabled 1: must be true or false"),

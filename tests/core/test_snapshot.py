@@ -80,6 +80,8 @@ def test_sound_rows_make_a_snapshot() -> None:
         ("listeners", "port", {"listener": {"port": True}}),
         ("listeners", "protocol", {"listener": {"protocol": "tcp"}}),
         ("listeners", "tls_policy_id", {"listener": {"protocol": "https", "tls_policy_id": uuid(99)}}),
+        ("listeners", "challenge", {"listener": {"challenge": "dns-01"}}),
+        ("listeners", "challenge", {"listener": {"challenge": ""}}),
         ("listeners", "id", {"listener": {"id": "x\n"}, "route": {"listener_id": "x\n"}}),
         ("listeners", "routes", {"listener": {"protocol": "https"}, "route": {"type": "port"}}),
         ("routes", "type", {"route": {"type": "tcp"}}),
@@ -172,6 +174,20 @@ def test_a_policy_on_http_is_ignored() -> None:
 
     assert built.faults == ()
     assert built.snapshot.listeners[0].tls_policy_id is None
+
+
+def test_a_listener_answers_challenges_one_of_two_ways() -> None:
+    """NULL is `forward`, which the document leaves out: a version from before the choice keeps its digest."""
+    unset, forward, stateless = (
+        gateway(listener={"challenge": value}).snapshot for value in (None, "forward", "stateless")
+    )
+
+    assert [snapshot.listeners[0].challenge for snapshot in (unset, forward, stateless)] == [
+        "forward", "forward", "stateless",
+    ]  # fmt: skip
+    assert unset.digest() == forward.digest() != stateless.digest()
+    assert "challenge" not in json.dumps(unset.document())
+    assert read_snapshot(stateless.document()) == stateless
 
 
 def test_only_named_policies_are_in_the_snapshot() -> None:
@@ -325,7 +341,9 @@ columns |= st.sampled_from(["http", "https", "path", "ws", "port", LISTENER, POO
 
 
 @given(
-    listener=st.fixed_dictionaries({}, optional={"port": columns, "protocol": columns, "tls_policy_id": columns}),
+    listener=st.fixed_dictionaries(
+        {}, optional={"port": columns, "protocol": columns, "tls_policy_id": columns, "challenge": columns}
+    ),
     route=st.fixed_dictionaries({}, optional={"match_expr": json_values, "type": columns, "priority": columns}),
     pool=st.fixed_dictionaries({}, optional={"name": columns, "policy": columns, "health_check": json_values}),
     target=st.fixed_dictionaries({}, optional={"address": columns, "weight": columns}),

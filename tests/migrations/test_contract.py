@@ -39,6 +39,7 @@ FOREIGN_KEYS = {
     ("node_status", "version_id", "config_versions"),
 }
 OURS = {
+    "listeners": {"challenge"},
     "tls_policies": {"paused_at", "shared", "refused_names"},
     "certificates": {"lineage_id", "dns_names", "serial", "fingerprint", "issuer", "not_before", "revision"},
     "config_versions": {"number", "digest"},

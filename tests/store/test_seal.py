@@ -206,7 +206,7 @@ def test_init_makes_everything_once(settings: Settings) -> None:
     made = wiring.initialise(settings, upgrade)
     kek = read_kek(wiring.kek_path(settings))
 
-    assert [line.split(" /")[0] for line in made] == ["data folder", "key-encryption key", "database schema 0003"]
+    assert [line.split(" /")[0] for line in made] == ["data folder", "key-encryption key", "database schema 0004"]
     assert stat.S_IMODE(settings.data_dir.stat().st_mode) == 0o700
     assert wiring.initialise(settings, upgrade) == []
     assert read_kek(wiring.kek_path(settings)) == kek
