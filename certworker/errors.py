@@ -28,7 +28,8 @@
         ├── TermsNotAgreed          the CA's terms have to be agreed to first: nothing was sent
         ├── TransportFault          no answer came: DNS, connect, TLS, time limit, reset, proxy
         ├── AnswerFault             an answer came that RFC 8555 does not allow
-        │   └── ChainRefused        a certificate chain that must not be stored
+        ├── ChainRefused            a certificate chain that must not be stored
+        │   └── ChainUnreadable     one that is damaged, so that nobody knows what it is
         └── ProblemReported         the CA answered with a problem document (RFC 7807)
 
 A message is one lower-case line: what we were doing, to which thing, what was said, and what to
@@ -236,6 +237,10 @@ class AnswerFault(CaError):
 
 class ChainRefused(CaError):
     """The CA's certificate chain failed a check and is not stored."""
+
+
+class ChainUnreadable(ChainRefused):
+    """The CA's certificate chain is no PEM, or what is in it is no certificate."""
 
 
 class ProblemReported(CaError):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from hashlib import sha256
 from typing import TypeVar
 from urllib.parse import urljoin
 
@@ -17,6 +18,7 @@ from certworker.ca.fields import Fields, is_url, read_json
 from certworker.ca.headers import read_retry_after
 from certworker.ca.problems import clean_text, read_problem_object
 from certworker.ca.transport import Response
+from certworker.core.certificate import MAX_CHAIN_BYTES
 from certworker.core.order import (
     Authorization,
     AuthorizationStatus,
@@ -30,6 +32,9 @@ from certworker.errors import AnswerFault
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,512}")
 _WITH_KEY_AUTHORIZATION = {"http-01", "dns-01", "tls-alpn-01"}
+_ENCODED = re.compile(r"[A-Za-z0-9+/=]{12,}")
+_QUOTED = 200
+"""Bytes: the beginning of a proxy's page."""
 _S = TypeVar("_S", bound=StrEnum)
 
 
@@ -140,14 +145,19 @@ def read_location(response: Response) -> str:
 
 def read_chain(response: Response) -> str:
     """Return a certificate chain as PEM text; what is in it is checked elsewhere (RFC 8555 §9.1)."""
-    try:
-        chain = response.body.decode("ascii")
-    except UnicodeDecodeError:
-        chain = ""
-    if "-----BEGIN " not in chain:
+    if b"-----BEGIN " not in response.body or not response.body.isascii():
         kind = response.headers.get("content-type", "")[:100] or "no content type"
-        raise AnswerFault(response.url, f"it holds no PEM ({kind!a})")
-    return chain
+        raise AnswerFault(response.url, f"it holds no PEM ({kind!a}); {quote_damaged(response.body)}")
+    return response.body.decode("ascii")
+
+
+def quote_damaged(body: bytes) -> str:
+    """Return what is told, and so kept, of a chain that cannot be read: by this its CA can find out what it sent.
+
+    What might be a certificate, and so might be a key instead, is left out.
+    """
+    start = clean_text(_ENCODED.sub("[...]", body[:MAX_CHAIN_BYTES].decode("ascii", "replace")), _QUOTED)
+    return f"{len(body)} bytes, SHA-256 {sha256(body).hexdigest()}, {start!a}"
 
 
 def _challenge(fields: Fields) -> Challenge:

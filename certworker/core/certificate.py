@@ -9,7 +9,6 @@ from base64 import urlsafe_b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import pairwise
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -22,12 +21,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
-from certworker.errors import ChainRefused, InputError
+from certworker.errors import ChainRefused, ChainUnreadable, InputError
 
 MAX_CHAIN_BYTES = 256 * 1024
 MAX_CHAIN_LENGTH = 20
 CLOCK_TOLERANCE = timedelta(minutes=5)
-"""A leaf that starts this little in the future is a matter of two clocks, not of a wrong leaf."""
+"""A leaf that starts this little in the future is a matter of two clocks, not of an early leaf."""
 
 _LONGEST_RENEWAL_ID = 255
 """Characters; it becomes part of a URL and of an index, and a CA's own are half as long."""
@@ -49,6 +48,29 @@ class Validity:
     def usable_from(self, moment: datetime) -> "Validity":
         """Return what is left of it when it arrives at `moment`: a backdated certificate has a shorter life."""
         return Validity(max(self.not_before, moment), self.not_after)
+
+
+def takes_over_at(new: Validity, present: Validity | None, now: datetime) -> datetime:
+    """Return when `new` serves in the place of `present`: now, unless it starts later and `present` lasts until then.
+
+    Where nothing else serves it does so at once: to clients it is no worse than what has ended, and it is
+    as good as it can be if only our clock is wrong.
+    """
+    if present is None or new.not_before <= now + CLOCK_TOLERANCE:
+        return now
+    return max(min(new.not_before + CLOCK_TOLERANCE, present.not_after), now)
+
+
+_SHORT_LIFE = timedelta(hours=1)
+_USUAL_DRIFT = 0.25
+"""Lives count from when they came, so that two equal ones may differ; this far they do not."""
+
+
+def is_odd_life(new: Validity, last: Validity | None) -> bool:
+    """Say whether an operator should hear of a life: it is another one than the last, or the first and very short."""
+    if last is None:
+        return new.lifetime < _SHORT_LIFE
+    return abs(new.lifetime - last.lifetime) > last.lifetime * _USUAL_DRIFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +96,38 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain that passed every check, written anew: leaf first, one blank-free PEM block after another."""
+    """A chain that passed every check, written anew: leaf first, each followed by its issuer, without blanks."""
 
     pem: str
     leaf: Leaf
 
 
-def check_chain(chain_pem: str, *, spki_sha256: str, dns_names: Iterable[str], now: datetime) -> Chain:
+def check_chain(
+    chain_pem: str, *, spki_sha256: str, dns_names: Iterable[str], now: datetime, private_ca: bool = False
+) -> Chain:
     """Return the CA's chain if it is the certificate that was ordered; ChainRefused says why not.
 
     Only CERTIFICATE blocks (RFC 8555 §11.4: anything else, a private key above all, refuses the whole
-    file), the leaf's key is ours, its names are exactly those asked for, each certificate is signed
-    by the next, the leaf is no CA and is valid now.
+    file), a leaf whose key is ours, whose names are exactly those asked for, which is no CA and has not
+    ended. The others may come in any order, but each must be an issuer on the way up from the leaf. A leaf
+    alone is enough only of a `private_ca`. When it starts is for `takes_over_at` to judge.
     """
     certificates = _read_blocks(chain_pem)
-    leaf = _describe(certificates[0])
-    if leaf.spki_sha256 != spki_sha256:
+    ours = next((one for one in certificates if _find_key(one) == spki_sha256), None)
+    if ours is None:
         raise ChainRefused("the CA's certificate is for another key than the one in our CSR")
+    leaf = _describe(ours)
     if set(leaf.dns_names) != set(dns_names):
         raise ChainRefused(f"the CA's certificate is for {', '.join(leaf.dns_names)}, not for what was ordered")
     if not leaf.dns_names_only:
         raise ChainRefused("the CA's certificate is for more than the DNS names that were ordered")
-    _check_order(certificates)
-    _check_leaf(certificates[0], leaf, now)
-    return Chain(_to_pem(certificates), leaf)
+    _check_leaf(ours, leaf, now)
+    chain = _put_in_order(ours, certificates)
+    # Who trusts a private root has it, and it may have signed the leaf itself. A public root never does that
+    # (Baseline Requirements §6.1.7), and a client does not go looking for the intermediate that is missing.
+    if len(chain) == 1 and not private_ca:
+        raise ChainRefused(f"the chain ends with the leaf: the certificate of its issuer, {leaf.issuer}, is missing")
+    return Chain(_to_pem(chain), leaf)
 
 
 def read_leaf(chain_pem: str) -> Leaf:
@@ -125,14 +155,16 @@ def _read_blocks(chain_pem: str) -> list[x509.Certificate]:
     kinds = re.findall(r"-----BEGIN ([^-\n]*)-----", chain_pem)
     if any(kind != "CERTIFICATE" for kind in kinds):
         raise ChainRefused("the chain holds something else than certificates, so none of it is used")
-    if not kinds or len(kinds) > MAX_CHAIN_LENGTH:
-        raise ChainRefused(f"the chain holds {len(kinds)} certificates, 1 to {MAX_CHAIN_LENGTH} are expected")
+    if len(kinds) > MAX_CHAIN_LENGTH:
+        raise ChainRefused(f"the chain holds {len(kinds)} certificates, at most {MAX_CHAIN_LENGTH} are read")
+    if not kinds:
+        raise ChainUnreadable("the chain holds no certificates")
     if _BLOCK.sub("", chain_pem).strip():
-        raise ChainRefused("the chain holds text outside its certificates")
+        raise ChainUnreadable("the chain holds text outside its certificates")
     try:
         return x509.load_pem_x509_certificates(chain_pem.encode())
     except (ValueError, x509.InvalidVersion):
-        raise ChainRefused("a certificate of the chain cannot be read") from None
+        raise ChainUnreadable("a certificate of the chain cannot be read") from None
 
 
 def _describe(certificate: x509.Certificate) -> Leaf:
@@ -177,12 +209,24 @@ def _base64url(data: bytes) -> str:
     return urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def _check_order(certificates: list[x509.Certificate]) -> None:
-    for certificate, issuer in pairwise(certificates):
-        try:
-            certificate.verify_directly_issued_by(issuer)
-        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-            raise ChainRefused("a certificate of the chain is not signed by the one after it") from None
+def _put_in_order(leaf: x509.Certificate, certificates: list[x509.Certificate]) -> list[x509.Certificate]:
+    """Return the leaf, its issuer, the issuer of that one and so on; all of them, or ChainRefused."""
+    chain, rest = [leaf], [one for one in certificates if one is not leaf]
+    while issuer := next((one for one in rest if _has_issued(one, chain[-1])), None):
+        chain.append(issuer)
+        rest.remove(issuer)
+    if rest:
+        # Whether an intermediate is missing or a stranger was put in, cannot be told; clients may fail with either.
+        raise ChainRefused("not every certificate of the chain has issued another one of it, up from the leaf")
+    return chain
+
+
+def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 def _check_leaf(certificate: x509.Certificate, leaf: Leaf, now: datetime) -> None:
@@ -194,14 +238,17 @@ def _check_leaf(certificate: x509.Certificate, leaf: Leaf, now: datetime) -> Non
         raise ChainRefused("the CA sent a CA certificate where ours should be")
     if leaf.validity.not_after <= now:
         raise ChainRefused(f"the CA's certificate has expired already, at {leaf.validity.not_after.isoformat()}")
-    if leaf.validity.not_before > now + CLOCK_TOLERANCE:
-        raise ChainRefused(
-            f"the CA's certificate starts only at {leaf.validity.not_before.isoformat()}: check this machine's clock"
-        )
 
 
 def _to_pem(certificates: Iterable[x509.Certificate]) -> str:
     return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
+
+
+def _find_key(certificate: x509.Certificate) -> str | None:
+    try:
+        return _spki_sha256(certificate.public_key())
+    except (ValueError, UnsupportedAlgorithm):
+        return None
 
 
 def _spki_sha256(public_key: object) -> str:

@@ -5,6 +5,7 @@ CA says of the order. Here each action is carried out and recorded. No transacti
 wait for the CA.
 """
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,9 @@ from sqlalchemy import Connection
 
 from certworker.ca import csr
 from certworker.ca.client import Account
+from certworker.ca.messages import quote_damaged
 from certworker.ca.problems import classify
-from certworker.core.certificate import Chain, check_chain
+from certworker.core.certificate import Chain, check_chain, is_odd_life, takes_over_at
 from certworker.core.issuance import (
     POLLING,
     REST,
@@ -31,12 +33,22 @@ from certworker.core.names import names_hash
 from certworker.core.order import Authorization, OrderStatus
 from certworker.core.renewal import plan_renewal
 from certworker.core.retry import Endpoint, ErrorClass, Failure, classify_order, names_refused
-from certworker.errors import AccountGone, AnswerFault, CaError, ChainRefused, InputError, SealError
+from certworker.errors import (
+    AccountGone,
+    AnswerFault,
+    CaError,
+    ChainRefused,
+    ChainUnreadable,
+    InputError,
+    SealError,
+)
 from certworker.steps import trouble
 from certworker.steps.session import Bench, Session, account_of, cancel, give_back, record
 from certworker.store import budget, certificates, challenges, issuances, lineages, renewal_info
 from certworker.store.budget import Refusal
 from certworker.store.issuances import Issuance
+
+_log = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
 
@@ -240,8 +252,14 @@ def _note_issued(bench: Bench, session: Session) -> None:
 def _download(bench: Bench, session: Session) -> None:
     url = session.issuance.certificate_url
     assert url is not None
-    text = bench.client.fetch_chain(account_of(bench, session), url)
-    chain = _check(session, text, bench.clock())
+    text, now = bench.client.fetch_chain(account_of(bench, session), url), bench.clock()
+    try:
+        chain = _check(bench, session, text, now)
+    except ChainUnreadable as error:
+        # Nobody knows what it is, so the order may be as good as any other: it is downloaded again while it lives.
+        if _has_expired(session, now):
+            raise
+        raise AnswerFault(url, f"{error}; {quote_damaged(text.encode())}") from error
     leaf = chain.leaf
     record(
         bench, session, State.DOWNLOADED, chain_pem=chain.pem, serial=leaf.serial, fingerprint=leaf.fingerprint,
@@ -254,10 +272,18 @@ def _activate(bench: Bench, session: Session) -> None:
     chain_pem, key_pem = session.issuance.chain_pem, session.issuance.key_pem
     assert chain_pem is not None
     assert key_pem is not None
-    chain = _check(session, chain_pem, now)
+    chain = _check(bench, session, chain_pem, now)
+    usable, present = chain.leaf.validity.usable_from(now), session.lineage.validity
+    takes_over = takes_over_at(chain.leaf.validity, present, now)
+    if takes_over > now:
+        trouble.await_start(bench, session, chain.leaf.validity, takes_over)
+        return
     plain = bench.sealer.open(key_pem, table="issuances", column="key_pem", row_id=session.issuance.id)
     session.issuance = bench.db.write(lambda tx: _switch(tx, bench, session, chain, plain, now))
     bench.gate.issued()
+    if session.issuance.state == State.DONE and is_odd_life(usable, present):
+        life = {"life": str(usable.lifetime), "before": str(present.lifetime) if present else None}
+        _log.warning("certificate.odd_life", extra={"names": session.dns_names, **life})
 
 
 def _switch(tx: Connection, bench: Bench, session: Session, chain: Chain, key_pem: str, now: datetime) -> Issuance:
@@ -286,9 +312,8 @@ def _wait(bench: Bench, session: Session) -> None:
     """The CA is busy; look again when it says, or soon and then ever more rarely (RFC 8555 §7.5.1)."""
     order = session.order
     retry_after = order.retry_after if order is not None else None
-    expires_at = session.issuance.order_expires_at
     now = bench.clock()
-    if expires_at is not None and expires_at <= now:
+    if _has_expired(session, now):
         detail = "the CA never finished the order before it expired"
         hint = "a new order is made; ask the CA if this lasts"
         trouble.fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", detail, hint))
@@ -361,7 +386,13 @@ def _token_of(authorization: Authorization) -> str:
     return challenge.token
 
 
-def _check(session: Session, chain_pem: str, now: datetime) -> Chain:
-    spki = session.issuance.spki_sha256
+def _check(bench: Bench, session: Session, chain_pem: str, now: datetime) -> Chain:
+    spki, private_ca = session.issuance.spki_sha256, bench.accounts.registration.private_ca
     assert spki is not None
-    return check_chain(chain_pem, spki_sha256=spki, dns_names=session.dns_names, now=now)
+    return check_chain(chain_pem, spki_sha256=spki, dns_names=session.dns_names, now=now, private_ca=private_ca)
+
+
+def _has_expired(session: Session, now: datetime) -> bool:
+    """Say whether the CA may forget the order by now."""
+    expires_at = session.issuance.order_expires_at
+    return expires_at is not None and expires_at <= now

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from certworker.ca.problems import classify
 from certworker.core.budget import Charge, charges_of_order, of_certificates, validations_bucket
+from certworker.core.certificate import Validity
 from certworker.core.issuance import State, may_leave_out
 from certworker.core.names import names_hash
 from certworker.core.renewal import Reason, Wait, decide_renewal, drops_replaces, is_urgent
@@ -137,6 +138,15 @@ def await_same_names(bench: Bench, session: Session) -> None:
     failure = Failure(ErrorClass.TRANSIENT, "certworker:same-names", detail, "nothing to do: it is next")
     attempt_at = now + _SAME_NAMES
     _release(bench, session, attempt_at, describe(failure, now, attempt_at), session.issuance.failures)
+
+
+def await_start(bench: Bench, session: Session, validity: Validity, takes_over_at: datetime) -> None:
+    """Keep a certificate that is not valid yet, until it takes over from the one that serves."""
+    detail = f"the CA's new certificate is valid from {_shown(validity.not_before)} only"
+    hint = "nothing to do: it serves then; if that is not what it should say, check this machine's clock"
+    failure = Failure(ErrorClass.TRANSIENT, "certworker:not-yet-valid", detail, hint)
+    error = describe(failure, bench.clock(), takes_over_at)
+    _release(bench, session, takes_over_at, error, session.issuance.failures)
 
 
 def quarantine(bench: Bench, session: Session) -> None:

@@ -4,6 +4,7 @@ A real Pebble meets some of them again in `tests.chaos.test_ca_faults`.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -374,16 +375,23 @@ BROKEN = "-----BEGIN CERTIFICATE-----\n*not base64*\n-----END CERTIFICATE-----\n
 GARBAGE = "-----BEGIN CERTIFICATE-----\nZ2FyYmFnZQ==\n-----END CERTIFICATE-----\n"
 STRANGER = ec.generate_private_key(ec.SECP256R1()).public_key()
 
-HOSTILE: dict[str, Callable[[Hostile], str]] = {
+UNREADABLE: dict[str, Callable[[Hostile], str]] = {
     "A26 PEM that is none": lambda _: BROKEN,
     "A26 DER that is none": lambda _: GARBAGE,
     "A26 garbage after the leaf": lambda h: h.leaf + GARBAGE,
     "A26 cut off": lambda h: h.good[:-40],
+    "A26 nothing": lambda _: "",
+    "A26 a page": lambda _: "<html>Please log in</html>",
+    "A26 not ASCII": lambda h: h.good + "\u2028",
+    "A26 text in between": lambda h: h.leaf + "hello\n" + h.issuer,
+    "A26 a key whose marks are damaged": lambda h: h.good + KEY.replace("-----", "--- --"),
+    "A26 a key for a certificate": lambda _: KEY.replace("PRIVATE KEY", "CERTIFICATE"),
+}
+HOSTILE: dict[str, Callable[[Hostile], str]] = {
     "A26 twenty-one certificates": lambda h: h.leaf * 21,
     "A27 a key before": lambda h: KEY + h.good,
     "A27 a key after": lambda h: h.good + KEY,
     "A27 a list of revoked ones": lambda h: h.good + CRL,
-    "A27 text in between": lambda h: h.leaf + "hello\n" + h.issuer,
     "A28 another key": lambda h: h.forge.leaf(NAME, public_key=STRANGER) + h.issuer,
     "A29 one name more": lambda h: h.forge.leaf(NAME, "evil.test") + h.issuer,
     "A29 other names": lambda h: h.forge.leaf("evil.test") + h.issuer,
@@ -391,11 +399,11 @@ HOSTILE: dict[str, Callable[[Hostile], str]] = {
     "A29 an address as well": lambda h: (
         h.forge.leaf(NAME, more=(x509.IPAddress(ip_address("127.0.0.1")),)) + h.issuer
     ),
-    "A30 starts tomorrow": lambda h: h.forge.leaf(NAME, starts=DAY) + h.issuer,
     "A30 has ended": lambda h: h.forge.leaf(NAME, starts=-2 * DAY, ends=-DAY) + h.issuer,
     "A31 an issuer that is not": lambda h: h.leaf + to_pem(make_hierarchy(START)[1].certificate),
-    "A31 in another order": lambda h: h.leaf + h.root + h.issuer,
-    "A31 the leaf last": lambda h: h.issuer + h.leaf,
+    "A31 the leaf alone": lambda h: h.leaf,
+    "A31 without the intermediate": lambda h: h.leaf + h.root,
+    "A31 a stranger as well": lambda h: h.good + to_pem(make_hierarchy(START)[0].certificate),
     "a leaf that is a CA": lambda h: h.forge.leaf(NAME, ca=True) + h.issuer,
     "signed by somebody else": lambda h: h.forge.leaf(NAME, issuer=make_hierarchy(START)[1]) + h.issuer,
 }  # fmt: skip
@@ -424,7 +432,7 @@ def test_a_chain_that_must_not_be_stored(life: Life, what: str) -> None:
     assert certificate(life.world).fingerprint != before.fingerprint
 
 
-@pytest.mark.parametrize("what", ["A26 cut off", "A27 a key after", "A28 another key", "A31 the leaf last"])
+@pytest.mark.parametrize("what", ["A26 cut off", "A27 a key after", "A28 another key", "A31 the leaf alone"])
 def test_a_chain_that_was_damaged_on_the_way(life: Life, what: str) -> None:
     """The second download is as it should be: one certificate, and it serves."""
     serving(life.world, due=True)
@@ -437,6 +445,98 @@ def test_a_chain_that_was_damaged_on_the_way(life: Life, what: str) -> None:
     assert len(life.world.ca.issued) == 2
 
 
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_a_chain_that_nobody_can_read(life: Life, what: str) -> None:
+    """A26: the order is kept and its certificate asked for until it comes; what came is told, but for any key."""
+    before = serving(life.world, due=True)
+    session = sent_instead(life, what, times=6)
+    error = session.issuance.error or {}
+    assert (error["class"], error["type"]) == (T, "certworker:ca-answer")
+    assert re.search(r"[0-9]+ bytes, SHA-256 [0-9a-f]{64}, ", error["detail"])
+    assert "https://ca.test/certificate/" in error["detail"]
+    assert KEY.splitlines()[1][:20] not in str(life.world.rows("SELECT error, chain_pem FROM issuances"))
+    assert certificate(life.world) == before
+    life.run(HOUR)
+
+    assert life.world.last_issuance(NAME).id == session.issuance.id
+    assert certificate(life.world).serial == f"{life.world.ca.issued[-1].serial:x}"
+    assert len(life.world.ca.issued) == 2
+    assert len(life.wire.to("/certificate/*")) == 7
+
+
+def test_a_chain_that_nobody_can_ever_read(life: Life) -> None:
+    """A26: once the order has expired its certificate is given up, and another one is ordered."""
+    serving(life.world, due=True)
+    session = sent_instead(life, "A26 DER that is none", times=10**6)
+    life.run(9 * DAY)
+
+    ended = life.world.db.read(lambda tx: issuances.find(tx, session.issuance.id))
+    assert ended is not None
+    assert (ended.state, (ended.error or {})["type"]) == (State.FAILED, "certworker:chain")
+    assert ended.closed_at is not None
+    assert 7 * DAY <= ended.closed_at - session.issuance.created_at <= 7 * DAY + 3 * HOUR
+    assert len(life.world.ca.issued) == 3
+
+
+UNUSUAL: dict[str, Callable[[Hostile], str]] = {
+    "A31 in another order": lambda h: h.leaf + h.root + h.issuer,
+    "A31 the leaf last": lambda h: h.issuer + h.leaf,
+    "A31 with its root": lambda h: h.good + h.root,
+}
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_a_chain_in_another_order(life: Life, what: str) -> None:
+    """A31: put in order and used, at once."""
+    serving(life.world, due=True)
+    session = sent_instead(life, what, times=1)
+
+    assert session.issuance.state == State.DONE
+    good = life.world.ca.issued[-1].chain_pem
+    assert certificate(life.world).cert_pem in (good, good + to_pem(life.world.ca.root.certificate))
+
+
+def test_a_private_ca_may_send_the_leaf_alone(life: Life) -> None:
+    """A31: whoever trusts its root has that, and it may be what has signed."""
+    life.world.registration = replace(life.world.registration, private_ca=True)
+    life.restart()
+    serving(life.world, due=True)
+    session = sent_instead(life, "A31 the leaf alone", times=1)
+
+    assert session.issuance.state == State.DONE
+    assert certificate(life.world).serial == f"{life.world.ca.issued[-1].serial:x}"
+
+
+def test_a_certificate_that_starts_tomorrow(life: Life) -> None:
+    """A30: kept, and told; the old one serves until all clocks have the new one valid, and none is wasted."""
+    before = serving(life.world, due=True)
+    life.world.ca.now = lambda: life.clock() + DAY
+    issued_at = life.clock()
+    life.turn()
+    waiting = life.world.last_issuance(NAME)
+    assert (waiting.state, waiting.lease_owner, waiting.failures) == (State.DOWNLOADED, None, 0)
+    assert (life.world.lineage(NAME).error or {})["type"] == "certworker:not-yet-valid"
+    life.restart()
+    life.run(DAY + 4 * MINUTE)
+    assert certificate(life.world) == before
+    life.run(2 * MINUTE)
+
+    leaf = life.world.ca.issued[-1].certificate
+    assert leaf.not_valid_before_utc - issued_at >= DAY - SECOND
+    assert certificate(life.world).serial == f"{leaf.serial_number:x}"
+    assert (life.world.lineage(NAME).status, life.world.lineage(NAME).error) == ("active", None)
+    assert len(life.world.ca.issued) == 2
+
+
+def test_a_first_certificate_that_starts_tomorrow(life: Life) -> None:
+    """A30: nothing else serves, and if it is our clock that is wrong it is valid by now: it serves at once."""
+    life.world.ca.now = lambda: life.clock() + DAY
+    life.reach(State.DONE, NAME)
+
+    assert life.world.lineage(NAME).status == "active"
+    assert len(life.world.ca.issued) == 1
+
+
 def sent_instead(life: Life, what: str, times: int) -> Session:
     """Take the renewal to the download, and let the CA answer that with something else."""
     (session,) = life.world.claim()
@@ -445,13 +545,14 @@ def sent_instead(life: Life, what: str, times: int) -> Session:
     forge = Forge(ca.intermediate, ca.issued[-1].certificate.public_key(), life.clock())
     hostile = Hostile(forge, ca.issued[-1].chain_pem, to_pem(ca.root.certificate))
     headers = {"content-type": "application/pem-certificate-chain"}
-    fail(life.world, "certificate", status=200, body=HOSTILE[what](hostile).encode(), headers=headers, times=times)
+    body = ({**HOSTILE, **UNREADABLE, **UNUSUAL}[what])(hostile).encode()
+    fail(life.world, "certificate", status=200, body=body, headers=headers, times=times)
     return life.move(session)
 
 
 @pytest.mark.parametrize("lifetime", [30 * SECOND, 10 * MINUTE, HOUR, 6 * DAY, 3650 * DAY])
-def test_a_lifetime_that_nobody_asked_for(life: Life, lifetime: timedelta) -> None:
-    """A30: it serves, and its renewal is planned by what it says, never at once again and again."""
+def test_a_lifetime_that_nobody_asked_for(life: Life, lifetime: timedelta, caplog: pytest.LogCaptureFixture) -> None:
+    """A30: it serves, and its renewal is planned by what it says, never at once again and again; it is told once."""
     life.world.ca.lifetime = lifetime
     life.reach(State.DONE, NAME)
     lineage = life.world.lineage(NAME)
@@ -461,6 +562,21 @@ def test_a_lifetime_that_nobody_asked_for(life: Life, lifetime: timedelta) -> No
     assert START + lifetime * 0.3 <= lineage.renew_at < START + lifetime
     life.run(MINUTE)
     assert len(life.world.ca.issued) <= 1 + MINUTE / (lifetime * 0.3)
+    told_of = [record.message for record in caplog.records]
+    assert told_of.count("certificate.odd_life") == (1 if lifetime <= HOUR else 0)
+
+
+def test_a_lifetime_that_changes(life: Life, caplog: pytest.LogCaptureFixture) -> None:
+    """A30: ninety days become six: the renewal is planned by the six, and whoever watches the log knows."""
+    serving(life.world, due=True)
+    life.world.ca.lifetime = 6 * DAY
+    life.turn()
+
+    lineage = life.world.lineage(NAME)
+    assert lineage.renew_at is not None
+    assert lineage.renew_at - life.clock() < 6 * DAY
+    (record,) = [record for record in caplog.records if record.message == "certificate.odd_life"]
+    assert (record.levelname, record.names) == ("WARNING", [NAME])  # type: ignore[attr-defined]
 
 
 # -- limits, and what a person has to do ---------------------------------------------------------------
