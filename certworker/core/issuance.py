@@ -11,6 +11,7 @@ the order is; whatever it says, `next_action` has an answer, so nothing is guess
 done twice that matters.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, StrEnum, auto
@@ -18,7 +19,6 @@ from enum import Enum, StrEnum, auto
 from certworker.core.order import (
     Authorization,
     AuthorizationStatus,
-    Challenge,
     ChallengeStatus,
     Order,
     OrderStatus,
@@ -61,6 +61,8 @@ class Action(Enum):
     PUBLISH_CHALLENGES = auto()
     ANSWER_CHALLENGES = auto()
     NOTE_AUTHORIZED = auto()
+    PROVE_AGAIN = auto()
+    """The order was ready and is pending: see what the CA wants proved, commit no other state."""
     INTEND_FINALIZE = auto()
     FINALIZE = auto()
     NOTE_ISSUED = auto()
@@ -77,7 +79,14 @@ _BEFORE_ORDER_ACTIONS = {
     State.KEY_READY: Action.INTEND_ORDER,
     State.ORDER_INTENT: Action.PLACE_ORDER,
 }
-_PENDING_ACTIONS = {State.ORDERED: Action.PUBLISH_CHALLENGES, State.PUBLISHED: Action.ANSWER_CHALLENGES}
+_PENDING_ACTIONS = {
+    State.ORDERED: Action.PUBLISH_CHALLENGES,
+    State.PUBLISHED: Action.ANSWER_CHALLENGES,
+    # RFC 8555 §7.1.6 knows no way back; a CA that was restored from a backup, or lags behind itself, does.
+    State.AUTHORIZED: Action.PROVE_AGAIN,
+    State.FINALIZE_INTENT: Action.PROVE_AGAIN,
+    State.FINALIZING: Action.PROVE_AGAIN,
+}
 
 
 def next_action(state: State, order: Order | None) -> Action:
@@ -112,21 +121,24 @@ def _when_ready(state: State) -> Action:
     return Action.INTEND_FINALIZE if state is State.AUTHORIZED else Action.FINALIZE
 
 
-def unproved(authorizations: tuple[Authorization, ...]) -> tuple[Authorization, ...]:
+def unproved(authorizations: Iterable[Authorization]) -> tuple[Authorization, ...]:
     """Return those that need a key authorization published: pending ones, whatever their challenge does."""
     return tuple(a for a in authorizations if a.status is AuthorizationStatus.PENDING)
 
 
-def to_answer(authorizations: tuple[Authorization, ...]) -> tuple[Challenge, ...]:
-    """Return the challenges the CA has not been told of: a second answer would be an error."""
-    challenges = (a.http01() for a in unproved(authorizations))
-    return tuple(c for c in challenges if c is not None and c.status is ChallengeStatus.PENDING)
+def to_answer(authorizations: Iterable[Authorization]) -> tuple[Authorization, ...]:
+    """Return those whose challenge the CA has not been told of: a second answer would be an error."""
+    return _with_challenge(ChallengeStatus.PENDING, authorizations)
 
 
-def still_validating(authorizations: tuple[Authorization, ...]) -> bool:
-    """Say whether the CA is at work on one of them: it was told to look, and has not said what it found."""
-    challenges = (a.http01() for a in unproved(authorizations))
-    return any(c is not None and c.status is ChallengeStatus.PROCESSING for c in challenges)
+def still_validating(authorizations: Iterable[Authorization]) -> tuple[Authorization, ...]:
+    """Return those that the CA is at work on: it was told to look, and has not said what it found."""
+    return _with_challenge(ChallengeStatus.PROCESSING, authorizations)
+
+
+def _with_challenge(status: ChallengeStatus, authorizations: Iterable[Authorization]) -> tuple[Authorization, ...]:
+    found = ((a, a.http01()) for a in unproved(authorizations))
+    return tuple(a for a, challenge in found if challenge is not None and challenge.status is status)
 
 
 _ATTEMPTS = 3

@@ -7,7 +7,7 @@ wait for the CA.
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -40,6 +40,7 @@ from certworker.errors import (
     ChainRefused,
     ChainUnreadable,
     InputError,
+    ProblemReported,
     SealError,
 )
 from certworker.steps import trouble
@@ -56,6 +57,7 @@ _ROLLOVER = timedelta(seconds=1)
 """How often an issuance looks whether its account's key change is done."""
 _VERDICT, _VERDICTS = timedelta(seconds=5), timedelta(seconds=30)
 """How often, and for how long since it was told to look, a CA is asked that is done with some names only."""
+_NOTHING_KNOWN: Mapping[str, Authorization] = {}
 _ORDER_LIFE = timedelta(days=7)
 """When an order expires whose CA does not say so (RFC 8555 §7.1.3 has it optional)."""
 
@@ -65,6 +67,7 @@ _ENDPOINTS = {
     Action.LOOK: Endpoint.ORDER,
     Action.PUBLISH_CHALLENGES: Endpoint.AUTHORIZATION,
     Action.ANSWER_CHALLENGES: Endpoint.CHALLENGE,
+    Action.PROVE_AGAIN: Endpoint.AUTHORIZATION,
     Action.FINALIZE: Endpoint.FINALIZE,
     Action.DOWNLOAD: Endpoint.CERTIFICATE,
     Action.EXPLAIN_FAILURE: Endpoint.AUTHORIZATION,
@@ -181,15 +184,22 @@ def _place_order(bench: Bench, session: Session) -> None:
 def _look(bench: Bench, session: Session) -> None:
     assert session.issuance.order_url is not None
     session.order = bench.client.fetch_order(account_of(bench, session), session.issuance.order_url)
+    if session.order.status is OrderStatus.INVALID:
+        session.authorizations = None  # one of them has changed
 
 
 def _publish_challenges(bench: Bench, session: Session) -> None:
+    _publish(bench, session, State.PUBLISHED)
+
+
+def _publish(bench: Bench, session: Session, state: State) -> bool:
+    """Read the authorizations and commit, with `state`, what proves the names; say whether that could be done."""
     if bench.db.read(lambda tx: bench.accounts.publishing_key(tx, session.issuance.account_id or "")) is None:
         # The account's key is being changed: the CA would compare with the new one.
         session.wait_until = bench.clock() + _ROLLOVER
-        return
-    session.authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
-    offers = [(a, _token_of(a)) for a in unproved(session.authorizations)]
+        return False
+    authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
+    offers = [(a, _token_of(a)) for a in unproved(authorizations)]
     now, account_id = bench.clock(), session.issuance.account_id or ""
 
     def publish(tx: Connection) -> Issuance | None:
@@ -201,28 +211,51 @@ def _publish_challenges(bench: Bench, session: Session) -> None:
                 tx, session.issuance.id, authorization.url, authorization.dns_name, token,
                 key.key_authorization(token), now,
             )  # fmt: skip
-        return issuances.record(tx, session.issuance, now, state=State.PUBLISHED)
+        return issuances.record(tx, session.issuance, now, state=state)
 
     published = bench.db.write(publish)
     if published is None:
         session.wait_until = now + _ROLLOVER
-    else:
-        session.issuance = published
+        return False
+    session.issuance, session.authorizations = published, authorizations
+    return True
 
 
 def _answer_challenges(bench: Bench, session: Session) -> None:
     account = account_of(bench, session)
     if session.authorizations is None:
         session.authorizations = _fetch_authorizations(bench, session, account)
-    for challenge in to_answer(session.authorizations):
-        bench.client.answer_challenge(account, challenge.url)
+    _tell_to_look(bench, session, account)
     record(bench, session, State.VALIDATING)
     _wait(bench, session)
 
 
+def _tell_to_look(bench: Bench, session: Session, account: Account) -> None:
+    for authorization in to_answer(session.authorizations or ()):
+        challenge = authorization.http01()
+        assert challenge is not None
+        try:
+            bench.client.answer_challenge(account, challenge.url)
+        except ProblemReported as refused:
+            # It is not pending any more: another order that shares it (Boulder) was quicker. Or that was not why.
+            if refused.problem.code != "malformed" or to_answer(
+                [bench.client.fetch_authorization(account, authorization.url)]
+            ):
+                raise
+
+
 def _note_authorized(bench: Bench, session: Session) -> None:
-    session.looks = 0
+    session.looks, session.authorizations = 0, None
     record(bench, session, State.AUTHORIZED)
+
+
+def _prove_again(bench: Bench, session: Session) -> None:
+    """Prove what the CA wants proved, once with every claim; in between it is waited for as if it were busy."""
+    if session.authorizations is None:
+        if not _publish(bench, session, State(session.issuance.state)):
+            return
+        _tell_to_look(bench, session, account_of(bench, session))
+    _wait(bench, session)
 
 
 def _intend_finalize(bench: Bench, session: Session) -> None:
@@ -326,11 +359,13 @@ def _wait(bench: Bench, session: Session) -> None:
 
 def _explain_failure(bench: Bench, session: Session) -> None:
     assert session.order is not None
-    authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
+    known = session.authorizations or ()
+    verdicts = {a.url: a for a in known if a not in still_validating(known)}
+    authorizations = _fetch_authorizations(bench, session, account_of(bench, session), verdicts)
     now = bench.clock()
     if still_validating(authorizations) and now - session.issuance.state_at < _VERDICTS:
         # What it finds of the others is worth an order each: those without their dead names, all at once.
-        session.order, session.wait_until = None, now + _VERDICT
+        session.authorizations, session.wait_until = authorizations, now + _VERDICT
         return
     failure = classify_order(session.order, authorizations)
     refused = names_refused(session.dns_names, session.order, authorizations)
@@ -348,6 +383,7 @@ _ACTS: dict[Action, Callable[[Bench, Session], None]] = {
     Action.PUBLISH_CHALLENGES: _publish_challenges,
     Action.ANSWER_CHALLENGES: _answer_challenges,
     Action.NOTE_AUTHORIZED: _note_authorized,
+    Action.PROVE_AGAIN: _prove_again,
     Action.INTEND_FINALIZE: _intend_finalize,
     Action.FINALIZE: _finalize,
     Action.NOTE_ISSUED: _note_issued,
@@ -370,9 +406,13 @@ def _still_wanted(bench: Bench, session: Session) -> bool:
     return False
 
 
-def _fetch_authorizations(bench: Bench, session: Session, account: Account) -> tuple[Authorization, ...]:
+def _fetch_authorizations(
+    bench: Bench, session: Session, account: Account, known: Mapping[str, Authorization] = _NOTHING_KNOWN
+) -> tuple[Authorization, ...]:
+    """Return the order's authorizations; the CA is asked for those that are not `known`, by URL."""
     assert session.order is not None
-    return tuple(bench.client.fetch_authorization(account, url) for url in session.order.authorization_urls)
+    urls = session.order.authorization_urls
+    return tuple(known.get(url) or bench.client.fetch_authorization(account, url) for url in urls)
 
 
 def _token_of(authorization: Authorization) -> str:

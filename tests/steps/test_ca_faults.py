@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from ipaddress import ip_address
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -212,6 +212,90 @@ def test_a_finalize_that_the_ca_forgot(life: Life) -> None:
     assert first == second
     assert len(life.world.ca.issued) == 1
     assert session.issuance.state == State.DONE
+
+
+@pytest.mark.parametrize("state", [State.AUTHORIZED, State.FINALIZE_INTENT])
+def test_an_order_that_was_ready_and_is_not(life: Life, state: State) -> None:
+    """A41: the CA came back without what it had found: the names are proved again, and the same order goes on."""
+    session = life.reach(state, NAME)
+    (order,) = life.world.ca.orders.values()
+    (authorization,) = order.authorizations
+    order.status = authorization.status = authorization.challenge_status = "pending"
+    life.move(session)
+    put_off = life.world.last_issuance(NAME)
+    assert (put_off.state, put_off.error and put_off.error["type"]) == (
+        State.FINALIZE_INTENT, f"{URN}orderNotReady",
+    )  # fmt: skip
+    life.run(10 * SECOND)
+
+    assert life.world.last_issuance(NAME).id == session.issuance.id
+    assert life.world.last_issuance(NAME).state == State.DONE
+    assert [len(life.wire.to(path)) for path in ("/new-order", "/challenge/*", "/finalize/*")] == [1, 2, 2]
+    assert len(life.world.ca.issued) == 1
+
+
+def test_an_order_that_is_ready_and_is_not(life: Life) -> None:
+    """A41: `ready` to whoever looks, not to finalize, and then `pending`: ever more rarely, as the schedule says."""
+    session = life.reach(State.FINALIZE_INTENT, NAME)
+    moods = cycle(["ready", "pending"])
+    life.wire.change("/order/*", lambda order: order.update(status=next(moods)))
+    fail(life.world, "finalize", status=403, problem="orderNotReady", times=10**6)
+    life.move(session)
+    life.run(DAY)
+
+    finalized = life.wire.times("/finalize/*")
+    waits = [later - sooner for sooner, later in pairwise(finalized)]
+    schedule = [5 * SECOND, 15 * SECOND, 45 * SECOND, 2 * MINUTE, 5 * MINUTE, 10 * MINUTE, 30 * MINUTE, HOUR]
+    assert all(wait >= planned for wait, planned in zip(waits, schedule, strict=False))
+    assert min(waits[8:]) >= HOUR
+    assert len(life.wire.to("/challenge/*")) == 1
+    assert len(life.wire.to("/authorization/*")) <= len(finalized) + 2
+    assert len(life.wire.to("/new-order")) == 1
+
+
+def test_an_order_that_is_never_ready_again(life: Life) -> None:
+    """A41: as with one that is processing for ever: after ten minutes each five, until it expires; then a new one."""
+    expires_at = START + 2 * HOUR
+    life.wire.change("/new-order", lambda order: order.update(expires=expires_at.isoformat()), times=1)
+    session = life.reach(State.FINALIZE_INTENT, NAME)
+    old = urlsplit(session.issuance.order_url or "").path
+    life.wire.change(old, lambda order: order.update(status="pending"))
+    fail(life.world, "finalize", status=403, problem="orderNotReady")
+    life.move(session)
+    life.run(3 * HOUR)
+
+    late = [at for at in life.wire.times(old) if at > START + 11 * MINUTE]
+    assert all(later - sooner >= 5 * MINUTE for sooner, later in pairwise(late))
+    assert (history(life.world)[-1].error or {})["type"] == "certworker:order-expired"
+    assert life.world.last_issuance(NAME).state == State.DONE
+    assert len(life.wire.to("/new-order")) == 2
+
+
+def test_what_a_ca_finds_is_read_once(life: Life) -> None:
+    """An order dies of its first dead name; of the others only those are asked for that the CA is at work on still."""
+    names = [f"{count}.example.com" for count in range(20)]
+    life.world.ca.validate_on = "look"
+    life.world.closed_names = {names[0], names[1]}
+    session = life.reach(State.VALIDATING, *names)
+    order, *_ = life.world.ca.orders.values()
+    dead, slow, *_ = sorted(order.authorizations, key=lambda one: one.dns_name)
+    asked = len(life.wire.sent)
+    life.wire.change(urlsplit(slow.url).path, at_work, times=3)
+    life.move(session, State.QUEUED)
+
+    paths = [sent.path for sent in life.wire.sent[asked:]]
+    assert paths.count(urlsplit(slow.url).path) == 4
+    assert paths.count(urlsplit(dead.url).path) == 1
+    assert len(paths) == 1 + 20 + 3
+    assert session.issuance.dns_names == sorted(names[2:])
+    life.move(session)
+    assert session.issuance.state == State.DONE
+
+
+def at_work(shown: dict[str, Any]) -> None:
+    """Let an authorization look as if the CA had not found anything yet."""
+    challenges = [{**one, "status": "processing", "error": None} for one in shown["challenges"]]
+    shown.update(status="pending", challenges=challenges)
 
 
 BEFORE_THE_END = [
@@ -792,7 +876,8 @@ def want_as_well(world: World, key_type: str) -> None:
 def test_an_authorization_of_two_orders(life: Life, first_ends: State, looks: bool) -> None:
     """A59: the token is answered for as long as one of them needs it; a CA that was told to look is not told again.
 
-    Unless it was told after the other has read the authorization: then it says so, and nothing comes of that.
+    Unless it was told after the other has read the authorization: then it says so, that is read once more, and the
+    order goes on at once.
     """
     ca = life.world.ca
     ca.validate_on = "look"
@@ -812,11 +897,11 @@ def test_an_authorization_of_two_orders(life: Life, first_ends: State, looks: bo
     life.move(both)
     if looks:
         one.look_anew()
+    before = life.clock()
     life.move(one)
-    life.run(6 * SECOND)
 
-    one_ended = life.world.db.read(lambda tx: issuances.find(tx, one.issuance.id))
-    assert (both.issuance.state, one_ended and one_ended.state) == (first_ends, State.DONE)
+    assert (both.issuance.state, one.issuance.state) == (first_ends, State.DONE)
+    assert life.clock() - before < 2 * SECOND
     assert shared.status == "valid"
     told_to_look = [sent for sent in life.wire.to("/challenge/*") if sent.path.endswith(shared.url.rpartition("/")[2])]
     assert len(told_to_look) == (1 if looks or first_ends is State.FAILED else 2)
