@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from certworker.ca import jws, messages
+from certworker.ca.fields import host_of
 from certworker.ca.headers import read_nonce
 from certworker.ca.keys import AccountKey
 from certworker.ca.messages import Directory
@@ -63,6 +64,8 @@ class Client:
         self._now = now
         self._nonces: deque[str] = deque(maxlen=_NONCES_KEPT)
         self._directory: tuple[Directory, datetime] | None = None
+        self._hosts: frozenset[tuple[str, int]] = frozenset()
+        """That the directory was at, or has named."""
 
     # -- the CA itself ---------------------------------------------------------------------------------
 
@@ -78,6 +81,7 @@ class Client:
             response = self._expect("reading the directory", self._http.request("GET", self.directory_url))
             directory = messages.read_directory(response)
         self._directory = directory, self._now() + _DIRECTORY_LIFETIME
+        self._hosts = frozenset(map(host_of, (self.directory_url, *directory.urls)))
         return directory
 
     # -- accounts --------------------------------------------------------------------------------------
@@ -90,7 +94,7 @@ class Client:
             if error.problem.code == "accountDoesNotExist":
                 return None
             raise
-        return Account(messages.read_location(response), key)
+        return self._account(response, key)
 
     def new_account(
         self, key: AccountKey, contacts: Sequence[str], terms_agreed: bool, eab: ExternalAccount | None
@@ -107,8 +111,7 @@ class Client:
         if eab is not None:
             binding = jws.bind_external(key, url=directory.new_account, kid=eab.kid, hmac_key=eab.hmac_key)
             payload["externalAccountBinding"] = binding
-        response = self._create("making an account", "new_account", payload, key)
-        return Account(messages.read_location(response), key)
+        return self._account(self._create("making an account", "new_account", payload, key), key)
 
     def update_contacts(self, account: Account, contacts: Sequence[str]) -> None:
         """Replace the account's contact URLs (RFC 8555 §7.3.2)."""
@@ -144,25 +147,30 @@ class Client:
         identifiers = [{"type": "dns", "value": name} for name in sorted(set(dns_names))]
         payload = {"identifiers": identifiers, "profile": profile, "replaces": replaces}
         given = {name: value for name, value in payload.items() if value is not None}
-        response = self._create("ordering a certificate", "new_order", given, account)
-        return messages.read_order(response, self._now())
+        return self._order(self._create("ordering a certificate", "new_order", given, account))
 
     def fetch_order(self, account: Account, url: str) -> Order:
         """Return where the order stands."""
-        return messages.read_order(self._look("reading the order", account, url), self._now(), url)
+        return self._order(self._look("reading the order", account, url), url)
 
     def fetch_authorization(self, account: Account, url: str) -> Authorization:
         """Return where the authorization stands, and its challenges."""
-        return messages.read_authorization(self._look("reading the authorization", account, url), self._now(), url)
+        response = self._look("reading the authorization", account, url)
+        authorization = messages.read_authorization(response, self._now(), url)
+        self._check_hosts(response, *(challenge.url for challenge in authorization.challenges))
+        return authorization
 
     def answer_challenge(self, account: Account, url: str) -> Challenge:
         """Tell the CA that it may look now (RFC 8555 §7.5.1)."""
-        return messages.read_challenge(self._post("answering the challenge", account, url, {}))
+        response = self._post("answering the challenge", account, url, {})
+        challenge = messages.read_challenge(response)
+        self._check_hosts(response, challenge.url)
+        return challenge
 
     def finalize(self, account: Account, finalize_url: str, csr_der: bytes, order_url: str) -> Order:
         """Ask for the certificate; the order is at `order_url`, which the answer may not repeat."""
         response = self._post("finalizing the order", account, finalize_url, {"csr": _base64url(csr_der)})
-        return messages.read_order(response, self._now(), order_url)
+        return self._order(response, order_url)
 
     def fetch_chain(self, account: Account, url: str) -> str:
         """Return the certificate and its chain as the CA sent them, in PEM (RFC 8555 §7.4.2)."""
@@ -199,6 +207,32 @@ class Client:
             raise AnswerFault(self.directory_url, "it offers no renewalInfo")
         response = self._http.request("GET", f"{base}/{renewal_id}", max_bytes=_RENEWAL_INFO_LIMIT)
         return messages.read_renewal_info(self._expect("reading the renewal information", response), self._now())
+
+    # -- answers ---------------------------------------------------------------------------------------
+
+    def _account(self, response: Response, key: AccountKey) -> Account:
+        url = messages.read_location(response)
+        self._check_hosts(response, url)
+        return Account(url, key)
+
+    def _order(self, response: Response, url: str | None = None) -> Order:
+        order = messages.read_order(response, self._now(), url)
+        certificate_urls = [order.certificate_url] if order.certificate_url is not None else []
+        self._check_hosts(response, order.url, order.finalize_url, *order.authorization_urls, *certificate_urls)
+        return order
+
+    def _check_hosts(self, response: Response, *urls: str) -> None:
+        """Refuse to be led away: what we sign and send must not go to whatever host an answer names.
+
+        A CA may use several hosts, and its directory is trusted to name them. The host that has just answered
+        is one of them, also if the directory has moved on since.
+        """
+        known = self._hosts | {host_of(response.url)}
+        for host, port in map(host_of, urls):
+            if (host, port) not in known:
+                raise AnswerFault(
+                    response.url, f"it leads to {host!a} port {port}, which the CA's directory does not name"
+                )
 
     # -- requests --------------------------------------------------------------------------------------
 

@@ -114,3 +114,9 @@ def is_url(value: str, *schemes: str) -> bool:
         return parts.scheme in schemes and bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
     except ValueError:
         return False
+
+
+def host_of(url: str) -> tuple[str, int]:
+    """Return host and port of a URL that `is_url`."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)

@@ -57,6 +57,12 @@ class Directory:
     """Name to description."""
     external_account_required: bool = False
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Where its resources are."""
+        named = (self.new_nonce, self.new_account, self.new_order, self.revoke_cert, self.key_change)
+        return (*named, self.renewal_info) if self.renewal_info is not None else named
+
 
 def read_directory(response: Response) -> Directory:
     """Read the answer to a request for the directory."""

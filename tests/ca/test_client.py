@@ -2,6 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from cryptography import x509
@@ -10,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from certworker.ca.client import Account, Client, ExternalAccount
 from certworker.ca.csr import make_csr, make_key, spki_sha256
 from certworker.ca.keys import AccountKey
+from certworker.ca.transport import Response
 from certworker.core.order import AuthorizationStatus, ChallengeStatus, Order, OrderStatus
 from certworker.core.renewal import Window, drops_replaces
 from certworker.errors import (
@@ -378,6 +381,71 @@ def test_a_deactivated_authorization_spoils_its_order(client: Client, account: A
     client.deactivate_authorization(account, order.authorization_urls[0])
 
     assert client.fetch_order(account, order.url).status is OrderStatus.INVALID
+
+
+class Bent:
+    """The way to a CA whose answers name other addresses: from each path one text for another."""
+
+    def __init__(self, ca: FakeCa, **changes: tuple[str, str]) -> None:
+        self._ca = ca
+        self._changes = changes
+        self.hosts: set[str] = set()
+
+    def request(self, method: str, url: str, *rest: Any, **more: Any) -> Response:
+        self.hosts.add(urlsplit(url).netloc)
+        answer = self._ca.request(method, url, *rest, **more)
+        room = urlsplit(url).path.split("/")[1].replace("-", "_")
+        old, new = self._changes.get(room, ("", ""))
+        headers = {name: value.replace(old, new) for name, value in answer.headers.items()}
+        return Response(url, answer.status, headers, answer.body.replace(old.encode(), new.encode()))
+
+
+LED_AWAY = [
+    ("new_account", "https://ca.test/account"), ("new_order", "https://ca.test/order"),
+    ("new_order", "https://ca.test/finalize"), ("new_order", "https://ca.test/authorization"),
+    ("authorization", "https://ca.test/challenge"), ("challenge", "https://ca.test/challenge"),
+    ("order", "https://ca.test/finalize"), ("finalize", "https://ca.test/certificate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", ["https://other.test/", "https://ca.test:8443/", "https://ca.test.evil.test/"])
+@pytest.mark.parametrize(("room", "address"), LED_AWAY)
+def test_an_answer_leads_to_no_host_that_the_directory_does_not_name(
+    ca: FakeCa, key: AccountKey, room: str, address: str, host: str
+) -> None:
+    """Port and all; the message says who was asked, and where it leads."""
+    ca.processing_looks = 0
+    bent = Bent(ca, **{room: (address, address.replace("https://ca.test/", host))})
+    client = Client(ca.directory_url, bent, ca.now)
+
+    with pytest.raises(AnswerFault, match="does not name") as refused:
+        issue(ca, client, client.new_account(key, (), terms_agreed=True, eab=None))
+    assert str(urlsplit(host).hostname) in str(refused.value)
+    assert bent.hosts == {"ca.test"}
+
+
+def test_a_ca_may_use_several_hosts(ca: FakeCa, key: AccountKey) -> None:
+    """Those that its directory names, also in upper case or with the port that is meant anyway."""
+    bent = Bent(
+        ca,
+        directory=("https://ca.test/new-order", "https://other.test/new-order"),
+        new_order=("https://ca.test/finalize", "https://OTHER.test:443/finalize"),
+    )
+    client = Client(ca.directory_url, bent, ca.now)
+    account = client.new_account(key, (), terms_agreed=True, eab=None)
+
+    assert client.new_order(account, NAMES).finalize_url.startswith("https://OTHER.test:443/")
+
+
+def test_an_open_order_stays_where_it_is(ca: FakeCa, key: AccountKey) -> None:
+    """A directory that has moved to another host does not cut off what was begun at the old one."""
+    before = Client(ca.directory_url, ca.http, ca.now)
+    account = before.new_account(key, (), terms_agreed=True, eab=None)
+    order = before.new_order(account, NAMES)
+    bent = Bent(ca, directory=("https://ca.test/", "https://other.test/"))
+
+    after = Client("https://other.test/directory", bent, ca.now).fetch_order(account, order.url)
+    assert after.finalize_url == order.finalize_url
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"\xff\xfe", b'{"status": "valid"}'])

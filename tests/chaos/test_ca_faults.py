@@ -354,13 +354,14 @@ AWAY = [
     ("finalize", "newOrder", "http:"), ("finalize", "newOrder", "file:"), ("authorizations", "newOrder", "http:"),
     ("authorizations", "newOrder", ""), ("certificate", "order", "http:"), ("certificate", "order", "ftp:"),
     ("location", "newOrder", "http:"), ("location", "newOrder", "file:"), ("newNonce", "directory", "http:"),
-    ("newOrder", "directory", ""),
+    ("newOrder", "directory", ""), ("finalize", "newOrder", "https:"), ("authorizations", "newOrder", "https:"),
+    ("certificate", "order", "https:"), ("location", "newOrder", "https:"), ("location", "newAccount", "https:"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("member", "route", "scheme"), AWAY)
 def test_an_address_that_leads_away(lab: Lab, member: str, route: str, scheme: str) -> None:
-    """A57: https and nothing less; what would lead elsewhere is refused before anything is connected to."""
+    """A57: https and nothing less, and no host that the directory does not name; refused before anything is sent."""
     with listening() as (port, came):
         bad = f"{scheme}//{HOST}:{port}/x"
         lab.proxy.on(route, rewrite(lambda answer: led_to(answer, member, bad)))

@@ -63,6 +63,7 @@ class Sent:
     method: str
     path: str
     body: bytes | None = field(repr=False)
+    host: str = ""
 
     @property
     def payload(self) -> Any:
@@ -91,7 +92,7 @@ class Wire:
         max_bytes: int = ANSWER_LIMIT, repeatable: bool = False,
     ) -> Response:  # fmt: skip
         path = urlsplit(url).path
-        self.sent.append(Sent(self.world.clock(), method, path, body))
+        self.sent.append(Sent(self.world.clock(), method, path, body, urlsplit(url).netloc))
         answer = self.world.ca.request(method, url, body, headers, max_bytes=max_bytes, repeatable=repeatable)
         for one in self.changes:
             if fnmatchcase(path, one[0]) and answer.body.startswith(b"{") and one[2]:
