@@ -1,13 +1,16 @@
-"""DNS as an outsider sees it: what a name resolves to, for hints. Never decides anything."""
+"""DNS as an outsider sees it: what a name resolves to, and who may issue for it, for hints. Never decides anything."""
 
 import socket
+import time
 from dataclasses import dataclass
 
 import dns.exception
-import dns.rdatatype
+import dns.name
 import dns.resolver
 
 _TIME_LIMIT = 5.0
+_SHOWN = 400
+"""Characters of CAA records: more than an honest set has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,33 @@ def look_up(dns_name: str, server: str | None = None) -> Addresses:
     try:
         resolver = _resolver(server)
         return Addresses(_records(resolver, dns_name, "A"), _records(resolver, dns_name, "AAAA"))
-    except dns.resolver.NXDOMAIN:
-        return Addresses(trouble="the name does not exist in DNS (NXDOMAIN)")
-    except dns.exception.Timeout:
-        return Addresses(trouble="DNS did not answer in time")
     except (dns.exception.DNSException, OSError, ValueError) as error:
-        return Addresses(trouble=f"DNS could not be asked, or answered with an error ({type(error).__name__})")
+        return Addresses(trouble=_explain(error))
+
+
+def look_up_caa(dns_name: str, server: str | None = None, seconds: float = _TIME_LIMIT) -> str:
+    """Return the CAA records that count for a name, its own or those of the nearest name above (RFC 8659 §3)."""
+    give_up_at = time.monotonic() + seconds
+    try:
+        resolver, name = _resolver(server), dns.name.from_text(dns_name)
+        while name != dns.name.root:
+            records = _find_records(resolver, name, "CAA", max(give_up_at - time.monotonic(), 0))
+            if records:
+                return f"CAA records of {name.to_text(omit_final_dot=True)}: {', '.join(records)[:_SHOWN]}"
+            name = name.parent()
+    except (dns.exception.DNSException, OSError, ValueError) as error:
+        return _explain(error)
+    return "no CAA record"
+
+
+def _explain(error: Exception) -> str:
+    match error:
+        case dns.resolver.NXDOMAIN():
+            return "the name does not exist in DNS (NXDOMAIN)"
+        case dns.exception.Timeout():
+            return "DNS did not answer in time"
+        case _:
+            return f"DNS could not be asked, or answered with an error ({type(error).__name__})"
 
 
 def _resolver(server: str | None) -> dns.resolver.Resolver:
@@ -51,9 +75,19 @@ def _resolver(server: str | None) -> dns.resolver.Resolver:
     return resolver
 
 
-def _records(resolver: dns.resolver.Resolver, dns_name: str, kind: str) -> tuple[str, ...]:
+def _find_records(resolver: dns.resolver.Resolver, name: dns.name.Name, kind: str, seconds: float) -> tuple[str, ...]:
+    """Return the records of a name that may not exist."""
     try:
-        answer = resolver.resolve(dns_name, kind, lifetime=_TIME_LIMIT, search=False)
+        return _records(resolver, name, kind, seconds)
+    except dns.resolver.NXDOMAIN:
+        return ()
+
+
+def _records(
+    resolver: dns.resolver.Resolver, name: dns.name.Name | str, kind: str, seconds: float = _TIME_LIMIT
+) -> tuple[str, ...]:
+    try:
+        answer = resolver.resolve(name, kind, lifetime=seconds, search=False)
     except dns.resolver.NoAnswer:
         return ()
     return tuple(sorted(record.to_text() for record in answer))

@@ -29,7 +29,7 @@ from certworker.node.control import PublishedVersion
 from certworker.node.folder import Folder
 from certworker.node.haproxy import Haproxy, HaproxySetup
 from certworker.node.patience import Patience
-from certworker.resolver import look_up
+from certworker.resolver import look_up, look_up_caa
 from certworker.responder import Responder
 from certworker.settings import Settings
 from certworker.steps.gate import Gate
@@ -223,7 +223,8 @@ def make_bench(app: App, worker_id: str, moved: Callable[[Session], None]) -> Be
     s, accounts = app.settings, make_accounts(app)
     return Bench(
         app.db, accounts.client, accounts, make_gate(app, worker_id), s.acme_rate_limits, app.sealer, app.clock,
-        random.SystemRandom().random, lambda name: look_up(name, s.dns_resolver), moved,
+        random.SystemRandom().random, lambda name: look_up(name, s.dns_resolver),
+        lambda name: look_up_caa(name, s.dns_resolver), moved,
     )  # fmt: skip
 
 

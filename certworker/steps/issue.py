@@ -8,7 +8,6 @@ wait for the CA.
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
@@ -369,10 +368,7 @@ def _explain_failure(bench: Bench, session: Session) -> None:
         return
     failure = classify_order(session.order, authorizations)
     refused = names_refused(session.dns_names, session.order, authorizations)
-    if failure.error_class is ErrorClass.VALIDATION:
-        name = next(iter(sorted(refused)), session.dns_names[0])
-        failure = replace(failure, hint=f"{failure.hint}; seen from here, {name}: {bench.look_up(name)}")
-    trouble.fail(bench, session, failure, refused)
+    trouble.fail(bench, session, *trouble.look_for_ourselves(bench, session, failure, refused))
 
 
 _ACTS: dict[Action, Callable[[Bench, Session], None]] = {

@@ -41,6 +41,8 @@ class Bench:
     """Uniform in [0, 1): spreads retries."""
     look_up: Callable[[str], object]
     """What DNS says of a name, as text: for the hint after a failed validation."""
+    look_up_caa: Callable[[str], object]
+    """Who may issue for it, as DNS says."""
     moved: Callable[["Session"], None]
     """Told after every commit, for logs and progress; must not raise."""
 

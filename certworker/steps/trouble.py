@@ -32,6 +32,7 @@ _QUARANTINE = timedelta(days=1)
 _SAME_NAMES = timedelta(seconds=15)
 _GOES_ON = (ErrorClass.TRANSIENT, ErrorClass.RATE_LIMITED)
 _ENDS_ORDER = ("certworker:order-lost", "certworker:order-expired")
+_CAA = "urn:ietf:params:acme:error:caa"
 _NO_NAMES: Mapping[str, Failure] = {}
 
 
@@ -56,7 +57,25 @@ def meet(bench: Bench, session: Session, error: CaError, doing: Endpoint) -> Non
         put_off(bench, session, failure)
     else:
         refused = names_refused(session.dns_names, error.problem) if isinstance(error, ProblemReported) else _NO_NAMES
-        fail(bench, session, failure, refused)
+        fail(bench, session, *look_for_ourselves(bench, session, failure, refused))
+
+
+def look_for_ourselves(
+    bench: Bench, session: Session, failure: Failure, refused: Mapping[str, Failure]
+) -> tuple[Failure, Mapping[str, Failure]]:
+    """Add what DNS says here to the hint of a failed validation, for one name: looking takes time."""
+    if failure.error_class is not ErrorClass.VALIDATION:
+        return failure, refused
+    name = next((name for name, why in sorted(refused.items()) if why.type == failure.type), session.dns_names[0])
+    seen = f"; seen from here, {name}: "
+    if failure.type == _CAA:
+        seen += str(bench.look_up_caa(name))
+        if session.account is not None:
+            seen += f"; our account, for accounturi (RFC 8657 §3), is {session.account.url}"
+    else:
+        seen += str(bench.look_up(name))
+    told = {name: replace(refused[name], hint=refused[name].hint + seen)} if name in refused else {}
+    return replace(failure, hint=failure.hint + seen), {**refused, **told}
 
 
 def _goes_on_at_once(bench: Bench, session: Session, error: CaError) -> bool:

@@ -356,6 +356,42 @@ def test_what_a_failing_challenge_says(life: Life, code: str, error_class: Error
     assert len(life.wire.to("/new-order")) == 2
 
 
+RECORD = 'CAA records of {name}: 0 issue "other.example"; our account, for accounturi (RFC 8657 §3), is {url}'
+
+
+@pytest.mark.parametrize("place", ["newOrder", "authorization", "finalize"])
+def test_a_caa_record_is_shown(life: Life, place: str) -> None:
+    """A47: the record that we find, and the account that it would have to name, wherever the CA minds it."""
+    session = life.reach(State.VALIDATING if place == "authorization" else State.KEY_READY, NAME)
+    if place == "authorization":
+        kill(life.world, "caa")
+    else:
+        fail(life.world, place, status=403, problem="caa")
+    life.move(session)
+
+    error = session.issuance.error or {}
+    (account,) = life.world.ca.accounts
+    assert (session.issuance.state, error["class"]) == (State.FAILED, V)
+    assert RECORD.format(name=NAME, url=account) in error["hint"]
+    assert error == life.world.lineage(NAME).error
+    assert life.world.looked_up == []
+
+
+def test_a_caa_record_of_one_name_of_several(life: Life) -> None:
+    """A47: the name is left out, and the record is shown with it."""
+    names = ["a.example.com", "b.example.com", "c.example.com"]
+    session = life.reach(State.FINALIZE_INTENT, *names)
+    part = {"type": f"{URN}caa", "detail": "forbidden", "identifier": {"type": "dns", "value": names[1]}}
+    problem = {"type": f"{URN}caa", "detail": "rechecked", "subproblems": [part]}
+    fail(life.world, "finalize", status=403, problem=problem)
+    life.move(session)
+
+    (account,) = life.world.ca.accounts
+    assert session.issuance.state == State.DONE
+    assert life.world.ca.issued[-1].dns_names == {names[0], names[2]}
+    assert RECORD.format(name=names[1], url=account) in (life.world.lineage(names[0]).error or {})["hint"]
+
+
 @pytest.mark.parametrize("status", ["expired", "revoked", "deactivated"])
 def test_an_authorization_that_ends(life: Life, status: str) -> None:
     """A22: nobody's fault; a new order, soon."""

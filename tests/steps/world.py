@@ -70,7 +70,7 @@ class World:
         gate = Gate(self.db, self.ca.directory_url, self.clock, lambda: self.draw, self.worker, "as in tests")
         return Bench(
             self.db, client, accounts, gate, self.limits, self.sealer, self.clock, lambda: self.draw,
-            self._look_up, self._moved,
+            self._look_up, lambda dns_name: f'CAA records of {dns_name}: 0 issue "other.example"', self._moved,
         )  # fmt: skip
 
     def _look_up(self, dns_name: str) -> str:
