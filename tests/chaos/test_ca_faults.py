@@ -7,6 +7,7 @@ import json
 import socket
 import ssl
 import threading
+from base64 import urlsafe_b64decode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -482,6 +483,50 @@ def test_a_ca_that_was_reset(lab: Lab) -> None:
     assert [one.protected["jwk"] for one in accounts] == [accounts[0].protected["jwk"]] * 2
     assert len(lab.ledger()) == 2
     assert lab.world.rows("SELECT count(*) FROM audit_logs WHERE action = 'account.forgotten'") == [(1,)]
+
+
+def test_a_second_ca(lab: Lab, tmp_path: Path) -> None:
+    """A55: an account and a key of its own, and no order there names what the first CA has issued.
+
+    The first is asked for nothing any more; what it has issued stays, and is used again when it is named again.
+    """
+    lab.issue(NAME)
+    first, query = lab.seen("newAccount")[0], "SELECT id, serial, status, cert_pem, key_pem FROM certificates"
+    (before,), asked = lab.world.rows(query), len(lab.proxy.exchanges)
+    with (
+        Pebble(nonce_reject=0, authz_reuse=0, http_port=lab.ca.http_port) as other,
+        FaultProxy(other, tmp_path / "other") as proxy,
+    ):
+        transport, back = Transport(proxy.ca_bundle), (lab.world.ca.directory_url, lab.world.ca.http)
+        lab.ask_at(proxy.directory_url, transport)
+        lab.world.take_over()
+        lab.run(MINUTE)
+        lab.make_due()
+        lab.run(MINUTE)
+        transport.close()
+
+        assert replaced(proxy) == {int(other.ledger()[0].serial, 16)}
+        assert "replaces" not in proxy.seen("newOrder")[0].payload
+        assert len(other.ledger()) == 2
+        (account,) = proxy.seen("newAccount", 201)
+        assert account.protected["jwk"] != first.protected["jwk"]
+    assert len(lab.proxy.exchanges) == asked
+    assert before in lab.world.rows(query)
+    assert lab.world.rows("SELECT count(DISTINCT directory_url), count(*) FROM acme_accounts") == [(2, 2)]
+
+    lab.ask_at(*back)  # type: ignore[arg-type]
+    lab.world.take_over()
+    lab.make_due()
+    lab.run(MINUTE)
+    assert replaced(lab.proxy) == {int(lab.ledger()[0].serial, 16)}
+    assert len(lab.seen("newAccount")) == 1
+    assert len(lab.ledger()) == 2
+
+
+def replaced(proxy: FaultProxy) -> set[int]:
+    """Return the serials that orders named, whether or not the CA could find them (RFC 9773 §4.1)."""
+    named = [order.payload["replaces"] for order in proxy.seen("newOrder") if "replaces" in order.payload]
+    return {int.from_bytes(urlsafe_b64decode(one.partition(".")[2] + "=="), "big") for one in named}
 
 
 @pytest.mark.parametrize(
