@@ -81,13 +81,17 @@ class Service:
             raise
 
     def start(self) -> None:
-        """Start everything; what cannot be had (a port, say) is one clear error, and nothing is left running."""
+        """Start everything; what cannot be had (a port, say) is one clear error, and nothing is left running.
+
+        The crew goes on at once with what was under way; what is new is taken over beside it.
+        """
         try:
             self._responder.start()
             self._api.start()
             self._app.db.write(self._enter)
             self._announced = True
-            self.pass_once()
+            if self._app.settings.auto_publish == "on":
+                self._publish(always=True)
             if self._node is not None:
                 self._node.start()
             self._crew.start()
@@ -98,14 +102,6 @@ class Service:
             self.stop()
             raise
         _log.info("service.started", extra={"worker": self._worker_id, "pid": os.getpid()})
-
-    def pass_once(self) -> None:
-        """Take over and queue what there is to do now: reconcile, publish, expire, scan."""
-        self._reconcile()
-        if self._app.settings.auto_publish == "on":
-            self._publish(always=True)
-        self._expire()
-        self._scan()
 
     def stop(self) -> None:
         """Drain and stop, in well under 30 s; repeating it is harmless. What fails on the way stops nothing else."""
@@ -162,8 +158,8 @@ class Service:
         return jobs
 
     def _reconcile(self) -> None:
-        if reconcile(self._app.db, self._app.clock, self._app.wanted, self._app.sealer, self._going):
-            self._scan()
+        app = self._app
+        reconcile(app.db, app.clock, app.wanted, app.sealer, self._going, taken=self._scan)
 
     def _scan(self) -> None:
         report = scan(self._app.db, self._app.clock, self._going)

@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 SWEEP = timedelta(hours=1)
 _PAGE = 200
+_AT_ONCE = 50
+"""Rows of a kind after which what they want is queued: thousands that are new do not wait for each other."""
 _SWEEP_AFTER = "sweep_after"
 """settings_kv: the id after which a sweep goes on; absent while none is under way."""
 
@@ -48,19 +50,26 @@ class Wanted:
 
 
 def reconcile(
-    db: Database, clock: Clock, wanted: Wanted, sealer: Sealer, going: Callable[[], bool] = lambda: True
+    db: Database,
+    clock: Clock,
+    wanted: Wanted,
+    sealer: Sealer,
+    going: Callable[[], bool] = lambda: True,
+    taken: Callable[[], object] = lambda: None,
 ) -> int:
-    """Take over everything that was noted, while `going`; return how many rows were looked at."""
+    """Take over everything that was noted, while `going`; return how many rows were looked at.
+
+    `taken` is called now and then when some have been, and in the end.
+    """
     _sweep(db, clock, wanted)
+    topics = [
+        _Topic(changes.POLICY, partial(_take_policy, wanted=wanted), _refuse_policy),
+        _Topic(changes.CERTIFICATE, partial(_take_certificate, sealer=sealer), _refuse_row),
+    ]
     looked_at = 0
-    while going():
-        taken = _take_one(db, clock, _Topic(changes.POLICY, partial(_take_policy, wanted=wanted), _refuse_policy))
-        taken += _take_one(
-            db, clock, _Topic(changes.CERTIFICATE, partial(_take_certificate, sealer=sealer), _refuse_row)
-        )
-        looked_at += taken
-        if not taken:
-            break
+    while some := _take_some(db, clock, topics, going):
+        looked_at += some
+        taken()
     return looked_at
 
 
@@ -72,6 +81,16 @@ class _Topic:
     take: Callable[..., None]
     refuse: Callable[[Connection, str, str, datetime], None]
     """What is done with a row that cannot be taken, whatever is the matter with it."""
+
+
+def _take_some(db: Database, clock: Clock, topics: list[_Topic], going: Callable[[], bool]) -> int:
+    looked_at = 0
+    for _ in range(_AT_ONCE):
+        one_each = sum(_take_one(db, clock, topic) for topic in topics) if going() else 0
+        if not one_each:
+            break
+        looked_at += one_each
+    return looked_at
 
 
 def _take_one(db: Database, clock: Clock, topic: _Topic) -> int:
@@ -219,10 +238,11 @@ def _sweep(db: Database, clock: Clock, wanted: Wanted) -> None:
 
 
 def _sweep_due(tx: Connection, wanted: Wanted, now: datetime) -> bool:
-    last = settings_kv.find(tx, settings_kv.LAST_SWEEP_AT)
+    last, issuer = settings_kv.find(tx, settings_kv.LAST_SWEEP_AT), settings_kv.find(tx, settings_kv.ISSUER)
     fresh = last is not None and now - datetime.fromisoformat(last) < SWEEP
-    if fresh and settings_kv.find(tx, settings_kv.ISSUER) == wanted.fingerprint:
+    if fresh and issuer == wanted.fingerprint:
         return False
     settings_kv.put(tx, settings_kv.ISSUER, wanted.fingerprint)
     settings_kv.put(tx, settings_kv.LAST_SWEEP_AT, now.isoformat())
-    return True
+    # Before the first look nothing that was noted has been taken: to note it again would double the work.
+    return issuer is not None

@@ -174,6 +174,26 @@ def test_reconcile_costs_nothing_when_nothing_changed(world: World) -> None:
     assert world.rows("SELECT count(*) FROM changes WHERE topic <> 'gateway'") == [(0,)]
 
 
+def test_the_first_look_takes_each_row_once(world: World) -> None:
+    """All of them are noted; a sweep on top would double the work of a start."""
+    for number in range(3):
+        world.add_policy(f"n{number}.test")
+
+    assert reconcile(world.db, world.clock, world.wanted, world.sealer) == 3
+    assert reconcile(world.db, world.clock, world.wanted, world.sealer) == 0
+
+
+def test_what_was_taken_over_does_not_wait_for_the_rest(world: World) -> None:
+    """Thousands may be new: what the first of them want is queued while the others are still noted."""
+    for number in range(120):
+        world.add_policy(f"n{number}.test")
+    left: list[int] = []
+
+    reconcile(world.db, world.clock, world.wanted, world.sealer, taken=lambda: left.append(world.count("changes")))
+
+    assert left == [70, 20, 0]
+
+
 def test_the_sweep_finds_what_no_note_tells(world: World) -> None:
     """A lineage that lost its place in the scan is found within the hour."""
     world.issue("a.test")
