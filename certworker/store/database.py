@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from certworker.errors import SchemaError, StoreError, StoreRefused
@@ -143,11 +143,7 @@ class Database:
 
     def check_schema(self) -> None:
         """Raise SchemaError unless the schema is the one this release works with."""
-        try:
-            # Once: a wrong address or password is no better after a while.
-            found = self._read_once(schema_revision)
-        except SQLAlchemyError as error:
-            raise _store_error("read from", error) from None
+        found = self.read(schema_revision)
         if found == SCHEMA_REVISION:
             return
         if found is None:

@@ -107,6 +107,23 @@ def test_a_read_that_loses_its_connection_is_run_again(frail: Database) -> None:
     assert len(set(pids)) == 2
 
 
+def test_the_first_look_of_a_start_is_repeated_too(frail: Database) -> None:
+    """A line that breaks while a service starts is no reason to end."""
+    frail.engine.dispose()
+    cut: list[int] = []
+
+    @event.listens_for(frail.engine, "before_cursor_execute")
+    def end_session(connection: Connection, *_: object) -> None:
+        if not cut:
+            cut.append(connection.connection.driver_connection.info.backend_pid)  # type: ignore[union-attr]
+            with psycopg.connect(url_of(frail), autocommit=True) as other:
+                other.execute("SELECT pg_terminate_backend(%s, 5000)", cut)
+
+    frail.check_schema()
+
+    assert len(cut) == 1
+
+
 def test_a_server_without_a_free_connection_is_asked_again(server: PostgresServer, frail: Database) -> None:
     """Somebody may end; if nobody does, the error says what the server said."""
     frail.engine.dispose()
