@@ -12,7 +12,8 @@ not while the database cannot be written.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 from certworker.core.issuance import State
@@ -21,8 +22,7 @@ from certworker.steps import trouble
 from certworker.steps.issue import advance
 from certworker.steps.session import Bench, Session, give_back, open_session, read_again
 from certworker.store import issuances, settings_kv, workers
-from certworker.store.database import Database
-from certworker.store.issuances import Issuance
+from certworker.store.database import Database, Transaction
 
 _log = logging.getLogger(__name__)
 
@@ -181,20 +181,23 @@ class Crew:
         return None
 
     def _claim(self, now: datetime, room: int) -> None:
-        claim_at, sessions = now + self._poll * (0.8 + 0.4 * self._bench.draw()), list[Session]()
+        """Ask the database for work; what may be ours then is in our hands, whatever went wrong."""
+        claim_at, taken = now + self._poll * (0.8 + 0.4 * self._bench.draw()), dict[str, Session]()
         try:
             room = self._admitted(room)
             if room > 0:
-                sessions = self._take(now, room)
-            if 0 < len(sessions) == room:
-                claim_at = now
-            elif room > 0:
-                claim_at = min(claim_at, self._next_attempt_at(now) or claim_at)
+                self._take(now, room, taken)
+                claim_at = now if len(taken) == room else min(claim_at, self._next_attempt_at(now) or claim_at)
+        except Exception:
+            # Whether the claim was committed shows when the database is back.
+            for session in taken.values():
+                session.unsure = True
+            raise
         finally:
             with self._changed:
                 self._claiming = False
                 self._claim_at = claim_at
-                self._waiting.extend(sessions)
+                self._waiting.extend(taken.values())
                 self._changed.notify_all()
 
     def _admitted(self, room: int) -> int:
@@ -203,27 +206,30 @@ class Crew:
         admitted = self._bench.gate.admits()
         return 0 if isinstance(admitted, datetime) else min(room, admitted - self.in_flight)
 
-    def _take(self, now: datetime, room: int) -> list[Session]:
-        """Claim up to `room` issuances; one that has killed its workers is set aside at once."""
-        db, kept_at, sessions = self._bench.db, time.monotonic(), []
-        directory_url = self._bench.accounts.directory_url
-        claimed: list[Issuance] = db.write(
-            lambda tx: issuances.claim(tx, self._worker_id, now, room, self._only, directory_url)
-        )
-        with self._changed:
-            suspected = any(map(_is_suspect, [*self._in_work, *self._waiting]))
-        for issuance in claimed:
-            session = open_session(db, issuance)
-            session.kept_at = kept_at
-            if issuance.crashes >= trouble.MOST_CRASHES:
-                _log.error("issuance.quarantined", extra={"issuance": issuance.id, "state": issuance.state})
-                trouble.quarantine(self._bench, session)
-            elif _is_suspect(session) and suspected:
+    def _take(self, now: datetime, room: int, taken: dict[str, Session]) -> None:
+        """Claim up to `room` issuances; `taken` gets by id what may have become ours, also when this fails."""
+        kept_at, directory_url = time.monotonic(), self._bench.accounts.directory_url
+
+        def claim(tx: Transaction) -> None:
+            # When this is run again, nobody knows whether it was committed before.
+            for session in taken.values():
+                session.unsure = True
+            for issuance in issuances.claim(tx, self._worker_id, now, room, self._only, directory_url):
+                taken[issuance.id] = open_session(tx, issuance)
+                taken[issuance.id].kept_at = kept_at
+
+        self._bench.db.write(claim)
+        for session in self._too_many_suspects(taken.values()):
+            with suppress(LeaseLost):
                 give_back(self._bench, session, now + self._poll)
-            else:
-                suspected = suspected or _is_suspect(session)
-                sessions.append(session)
-        return sessions
+            del taken[session.issuance.id]
+
+    def _too_many_suspects(self, taken: Iterable[Session]) -> list[Session]:
+        """Return which of these must not be worked on beside another suspect."""
+        with self._changed:
+            in_hand = any(map(_is_suspect, [*self._in_work, *self._waiting]))
+        suspects = [session for session in taken if _is_suspect(session)]
+        return suspects if in_hand else suspects[1:]
 
     def _next_attempt_at(self, now: datetime) -> datetime | None:
         directory_url = self._bench.accounts.directory_url
@@ -236,6 +242,8 @@ class Crew:
         try:
             if session.unsure:
                 read_again(self._bench, session)
+            if session.issuance.crashes >= trouble.MOST_CRASHES:
+                self._set_aside(session)
             while session.issuance.is_open and session.issuance.lease_owner is not None and self._goes_on(session):
                 self._make_sure(session)
                 self._advance(session)
@@ -254,6 +262,10 @@ class Crew:
                 if kept:
                     self._waiting.append(session)
                 self._changed.notify_all()
+
+    def _set_aside(self, session: Session) -> None:
+        _log.error("issuance.quarantined", extra={"issuance": session.issuance.id, "state": session.issuance.state})
+        trouble.quarantine(self._bench, session)
 
     def _make_sure(self, session: Session) -> None:
         """Raise LeaseLost unless the lease outlives a request to the CA, whatever held us up."""
@@ -348,7 +360,7 @@ class Crew:
 
 
 def _is_suspect(session: Session) -> bool:
-    return session.issuance.crashes >= trouble.SUSPECT_CRASHES
+    return trouble.SUSPECT_CRASHES <= session.issuance.crashes < trouble.MOST_CRASHES
 
 
 def _is_validating(session: Session) -> bool:

@@ -89,9 +89,9 @@ class Session:
         self.order = self.authorizations = None
 
 
-def open_session(db: Database, issuance: Issuance) -> Session:
+def open_session(tx: Connection, issuance: Issuance) -> Session:
     """Return a claimed issuance ready for `advance`."""
-    lineage = db.read(lambda tx: lineages.find(tx, issuance.lineage_id))
+    lineage = lineages.find(tx, issuance.lineage_id)
     assert lineage is not None, "issuances.lineage_id is a foreign key"
     return Session(issuance, lineage)
 

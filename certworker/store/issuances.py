@@ -250,9 +250,11 @@ def find_recorded(tx: Connection, claimed: Issuance, state: str) -> Issuance | N
 
 
 def read_again(tx: Connection, claimed: Issuance) -> Issuance:
-    """Return a claimed issuance as it is committed; LeaseLost if somebody has claimed it since."""
+    """Return a claimed issuance as it is committed; LeaseLost if it is somebody else's, or the claim never was."""
     found = find(tx, claimed.id)
-    if found is None or found.lease_token != claimed.lease_token:
+    # After a claim that was rolled back another worker's has the same token.
+    ours = found is not None and found.lease_owner in (None, claimed.lease_owner)
+    if found is None or not ours or found.lease_token != claimed.lease_token:
         raise LeaseLost(f"issuance {claimed.id} belongs to another worker now, so nothing more is sent for it")
     return found
 

@@ -2,15 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import select, update
+import pytest
+from sqlalchemy import Connection, select, update
 
 from certworker.ca.transport import Response
 from certworker.core.issuance import State
+from certworker.errors import StoreError
 from certworker.steps.crew import Crew
+from certworker.steps.session import Session
 from certworker.store import issuances
+from certworker.store.database import Database
 from certworker.store.tables import issuances as table
 
 from .world import World
@@ -292,3 +297,83 @@ def test_nothing_is_claimed_while_no_proxy_answers(world: World) -> None:
         until(lambda: states(world) == ["done"])
     finally:
         crew.stop()
+
+
+# -- a claim that nobody answers for --------------------------------------------------------------------
+
+Fn = Callable[[Connection], object]
+
+
+class Unanswered:
+    """A database; it is told what becomes of the first write, whose answer is lost."""
+
+    def __init__(self, db: Database, end: Callable[[Database, Fn], object]) -> None:
+        self._db = db
+        self._end: Callable[[Database, Fn], object] | None = end
+
+    def write(self, fn: Fn) -> object:
+        end, self._end = self._end, None
+        return self._db.write(fn) if end is None else end(self._db, fn)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._db, name)
+
+
+def committed_and_run_again(db: Database, fn: Fn) -> object:
+    db.write(fn)
+    return db.write(fn)
+
+
+def committed_and_told_as_lost(db: Database, fn: Fn) -> object:
+    db.write(fn)
+    raise StoreError("as planned")
+
+
+def rolled_back(db: Database, fn: Fn) -> object:
+    def fail(tx: Connection) -> object:
+        fn(tx)
+        raise StoreError("as planned")
+
+    return db.write(fail)
+
+
+@pytest.mark.parametrize("end", [committed_and_run_again, committed_and_told_as_lost, rolled_back])
+def test_a_claim_without_an_answer_is_worked_on(world: World, end: Callable[[Database, Fn], object]) -> None:
+    """Long before its lease could end, by the same worker, and nobody has died of it."""
+    real_time(world)
+    world.add_policy(*(f"n{number}.test" for number in range(5)))
+    world.take_over()
+    bench = replace(world.bench(), db=Unanswered(world.db, end))
+    crew = Crew(bench, world.worker, 4)
+    crew.start()
+    try:
+        until(lambda: states(world) == ["done"] * 5)
+    finally:
+        crew.stop()
+
+    assert world.rows("SELECT DISTINCT claims, crashes, lease_owner FROM issuances") == [(1, 0, None)]
+    assert len(world.ca.issued) == world.ca.count("POST", "/new-order") == 5
+
+
+def test_what_another_worker_claimed_after_a_rollback_is_its_own(world: World) -> None:
+    """The fencing token is the same; who holds the lease is not."""
+    world.add_policy("a.test")
+    world.take_over()
+    sessions: list[Session] = []
+
+    def claim(db: Database, fn: Fn) -> object:
+        with suppress(StoreError):
+            rolled_back(db, fn)
+        sessions.extend(world.claim())
+        raise StoreError("as planned")
+
+    crew = Crew(replace(world.bench(), db=Unanswered(world.db, claim)), "00000000-0000-4000-8000-00000000000f", 1)
+    with pytest.raises(StoreError):
+        crew._claim(world.clock(), 1)
+    (session,) = crew._waiting
+    crew._in_work.append(crew._waiting.pop())
+    crew._move(session)
+
+    assert session.issuance.lease_token == sessions[0].issuance.lease_token
+    assert world.ca.requests == []
+    assert world.last_issuance("a.test") == sessions[0].issuance

@@ -80,8 +80,7 @@ class Fleet:
 
     def claim(self, worker: str, room: int) -> list[Session]:
         db, now = self.world.db, self.world.clock()
-        claimed = db.write(lambda tx: issuances.claim(tx, worker, now, room))
-        return [open_session(db, issuance) for issuance in claimed]
+        return db.write(lambda tx: [open_session(tx, one) for one in issuances.claim(tx, worker, now, room)])
 
     def work(self, bench: Bench, session: Session) -> None:
         clock = self.world.clock

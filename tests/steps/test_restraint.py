@@ -12,7 +12,7 @@ from certworker.steps.crew import Crew
 from certworker.steps.issue import advance
 from certworker.steps.renew import request
 from certworker.steps.scan import scan
-from certworker.steps.session import Bench
+from certworker.steps.session import Bench, Session
 from certworker.store import issuances, workers
 from tests.steps.test_crew import real_time, until, working
 from tests.steps.world import World
@@ -237,13 +237,21 @@ def test_an_issuance_that_kills_its_workers_is_set_aside(world: World) -> None:
 # -- leases and storage ---------------------------------------------------------------------------------
 
 
+def take(crew: Crew, world: World) -> Session:
+    """Let a crew that has no threads claim one."""
+    taken: dict[str, Session] = {}
+    crew._take(world.clock(), 1, taken)
+    (session,) = taken.values()
+    return session
+
+
 def test_nothing_is_sent_under_a_lease_that_was_lost_meanwhile(world: World) -> None:
     """A thread that was held up makes sure first; the other worker's session goes on alone."""
     world.add_policy("a.example.com")
     world.take_over()
     bench = world.bench()
     crew = Crew(bench, world.worker, 1)
-    (session,) = crew._take(world.clock(), 1)
+    session = take(crew, world)
     while session.issuance.state != "ordered":
         advance(bench, session)
     session.look_anew()  # the next thing it does is to ask
@@ -265,7 +273,7 @@ def test_a_lease_that_is_still_ours_is_extended_and_the_work_goes_on(world: Worl
     world.add_policy("a.example.com")
     world.take_over()
     crew = Crew(world.bench(), world.worker, 1)
-    (session,) = crew._take(world.clock(), 1)
+    session = take(crew, world)
     session.kept_at -= 26
     kept_at = session.kept_at
     crew._in_work.append(session)

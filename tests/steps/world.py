@@ -94,8 +94,8 @@ class World:
     # -- work -----------------------------------------------------------------------------------------
 
     def claim(self, limit: int = 100) -> list[Session]:
-        claimed = self.db.write(lambda tx: issuances.claim(tx, self.worker, self.clock(), limit))
-        return [open_session(self.db, issuance) for issuance in claimed]
+        now = self.clock()
+        return self.db.write(lambda tx: [open_session(tx, one) for one in issuances.claim(tx, self.worker, now, limit)])
 
     def work(self, patience: int = 200) -> None:
         """Move everything that is due until nothing is, letting time pass while the CA is busy."""
