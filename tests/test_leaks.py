@@ -101,7 +101,7 @@ def _secrets_of(box: Box) -> Iterator[Secret]:
     app = open_app(load({k: v for k, v in box.environ.items() if k.startswith("CERTWORKER_")}))
     account = app.db.read(lambda tx: accounts.find_default(tx, app.settings.acme_directory_url))
     assert account is not None
-    yield Secret.of_key("account key", account.open_key(sealer))
+    yield Secret.of_key("account key", account.open(account.key, sealer))
     db = sqlite3.connect(box.folder / "data" / "certworker.db")
     for table in ("certificates", "issuances"):
         for row_id, sealed in db.execute(f"SELECT id, key_pem FROM {table} WHERE key_pem IS NOT NULL"):

@@ -177,10 +177,6 @@ class Client:
         accept = {"Accept": "application/pem-certificate-chain"}
         return messages.read_chain(self._look("downloading the certificate", account, url, accept, _CHAIN_LIMIT))
 
-    def deactivate_authorization(self, account: Account, url: str) -> None:
-        """Give up an authorization, and with it every order that needs it (RFC 8555 §7.5.2)."""
-        self._post("deactivating the authorization", account, url, {"status": "deactivated"})
-
     def revoke(self, account: Account, certificate_der: bytes, reason: int | None = None) -> None:
         """Revoke a certificate of this account's; one that is revoked already is fine (RFC 8555 §7.6).
 

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Collection
 from hashlib import sha256
-from typing import get_args
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
@@ -14,7 +12,6 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
-    load_pem_private_key,
 )
 
 from certworker.errors import InputError
@@ -53,17 +50,6 @@ def make_csr(key: CertificateKey, dns_names: Collection[str]) -> bytes:
 def key_to_pem(key: CertificateKey) -> str:
     """Return the key as unencrypted PKCS #8; the caller seals it."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-
-
-def key_from_pem(pem: str) -> CertificateKey:
-    """Read a private key, or raise InputError, which does not show it."""
-    try:
-        key = load_pem_private_key(pem.encode(), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise InputError("private key: must be one unencrypted PEM key") from None
-    if not isinstance(key, get_args(CertificateKey)):
-        raise InputError("private key: must be RSA or EC")
-    return key  # type: ignore[no-any-return]
 
 
 def spki_sha256(public_key: CertificatePublicKeyTypes) -> str:

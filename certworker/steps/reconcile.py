@@ -149,7 +149,7 @@ def _take_policy(tx: Connection, policy_id: str, *, wanted: Wanted, now: datetim
     if policy is not None and policy.mode == "auto":
         names, refused = refused_names(policy, wanted)
     groups = [names] if names and policy is not None and policy.shared else [[name] for name in names]
-    wanted_ids = lineages.find_or_add_all(tx, groups, wanted.issuer, now)
+    wanted_ids = lineages.find_or_add(tx, groups, wanted.issuer, now)
     # Lineages before policies, as whoever flips a status locks them.
     lineages.lock_all(tx, sorted({*wanted_ids, *lineages.linked_ids(tx, policy_id)}))
     locked = policies.lock(tx, policy_id)

@@ -81,12 +81,8 @@ class StoredAccount:
         until = self._time("pending_until")
         return until is not None and until <= now
 
-    def open_key(self, sealer: Sealer) -> str:
-        """Return the account's private key as PEM; InputError if there is none, SealError if it does not open."""
-        return self.open(self.key, sealer)
-
     def open(self, key: str | None, sealer: Sealer) -> str:
-        """Return one of the row's keys as PEM, likewise."""
+        """Return one of the row's keys as PEM; InputError if there is none, SealError if it does not open."""
         if key is None:
             raise InputError(f"acme_accounts {self.id}: credentials_json has no key")
         return sealer.open(key, **_place(self.id))

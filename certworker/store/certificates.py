@@ -176,9 +176,3 @@ def record_removed(tx: Connection, certificate_id: str, now: datetime) -> None:
 def forget_removed(tx: Connection, before: datetime) -> int:
     """Delete tombstones older than `before`; return how many."""
     return tx.execute(delete(removed_certificates).where(removed_certificates.c.removed_at < before)).rowcount
-
-
-def of_domain(tx: Connection, domain: str) -> list[StoredCertificate]:
-    """Return the certificates whose `domain` is this name."""
-    query = select(*_COLUMNS).where(certificates.c.domain == domain).order_by(certificates.c.id)
-    return [to_value(StoredCertificate, row) for row in tx.execute(query)]

@@ -96,13 +96,8 @@ def linked_ids(tx: Connection, policy_id: str) -> list[str]:
     )
 
 
-def find_or_add(tx: Connection, names: list[str], issuer: Issuer, now: datetime) -> str:
-    """Return the id of the lineage for exactly these names and issuer, made if it is not there."""
-    return find_or_add_all(tx, [names], issuer, now)[0]
-
-
-def find_or_add_all(tx: Connection, groups: list[list[str]], issuer: Issuer, now: datetime) -> list[str]:
-    """Return the ids of the lineages for these sets of names, in their order; those missing are made."""
+def find_or_add(tx: Connection, groups: list[list[str]], issuer: Issuer, now: datetime) -> list[str]:
+    """Return the ids of the lineages for exactly these sets of names, in their order; those missing are made."""
     by_hash = {names_hash(names): sorted(set(names)) for names in groups}
     found = _ids_by_hash(tx, list(by_hash), issuer)
     for page in pages(sorted(set(by_hash) - set(found))):

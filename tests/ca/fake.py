@@ -363,8 +363,6 @@ class FakeCa(_Knobs):
 
     def _authorization(self, account: FakeAccount, url: str, payload: Any) -> tuple[int, dict[str, str], str]:
         authorization = self._find(self.authorizations, url, account)
-        if payload == {"status": "deactivated"}:
-            authorization.status = "deactivated"
         authorization.look(self.validate)
         return 200, self._wait(authorization.status == "pending"), authorization.show()
 

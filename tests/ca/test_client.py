@@ -327,7 +327,7 @@ def test_a_ca_may_hold_an_order_for_a_replacement(ca: FakeCa, client: Client, ac
 
     with pytest.raises(ProblemReported, match="alreadyReplaced"):
         client.new_order(account, NAMES, replaces=old.renewal_id)
-    client.deactivate_authorization(account, order.authorization_urls[0])
+    ca.authorizations[order.authorization_urls[0]].status = "deactivated"
     client.fetch_order(account, order.url)
     assert client.new_order(account, NAMES, replaces=old.renewal_id).status is OrderStatus.PENDING
 
@@ -375,10 +375,10 @@ def test_a_finalize_too_early_is_refused(client: Client, account: Account) -> No
         client.finalize(account, order.finalize_url, make_csr(make_key("ecdsa-p256"), NAMES), order.url)
 
 
-def test_a_deactivated_authorization_spoils_its_order(client: Client, account: Account) -> None:
+def test_a_deactivated_authorization_spoils_its_order(ca: FakeCa, client: Client, account: Account) -> None:
     """RFC 8555 §7.1.6."""
     order = client.new_order(account, NAMES)
-    client.deactivate_authorization(account, order.authorization_urls[0])
+    ca.authorizations[order.authorization_urls[0]].status = "deactivated"
 
     assert client.fetch_order(account, order.url).status is OrderStatus.INVALID
 

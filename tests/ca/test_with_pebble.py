@@ -240,16 +240,6 @@ def test_a_certificate_is_revoked_by_its_account(respond: Respond, key: AccountK
         assert b"Revoked" in pebble.management(f"/cert-status-by-serial/{leaf.serial_number:x}")
 
 
-def test_a_deactivated_authorization_ends_its_order(key: AccountKey) -> None:
-    """How an order that is not wanted any more is given up."""
-    with Pebble() as pebble, connect(pebble) as (client, _):
-        account = register(client, key)
-        order = client.new_order(account, ["a.test"], "default")
-        client.deactivate_authorization(account, order.authorization_urls[0])
-
-        assert client.fetch_order(account, order.url).status is OrderStatus.INVALID
-
-
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Kolkata"])
 def test_the_wait_is_right_in_every_zone(
     respond: Respond, key: AccountKey, zone: str, monkeypatch: pytest.MonkeyPatch

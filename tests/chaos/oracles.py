@@ -16,11 +16,12 @@ from typing import Self
 
 import psycopg
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.verification import PolicyBuilder, Store
 from psycopg import sql
 from sqlalchemy import func, select, update
 
-from certworker.ca.csr import key_from_pem, spki_sha256
+from certworker.ca.csr import spki_sha256
 from certworker.store.database import Database, open_database, sqlite_path
 from certworker.store.seal import Sealer, read_kek
 from certworker.store.tables import acme_accounts, audit_logs, certificates, challenges, issuances, lineages
@@ -99,8 +100,9 @@ def _kept_serials(rig: Rig) -> Iterator[int]:
 
 
 def _fits(sealer: Sealer, table: str, row_id: str, key_pem: str, leaf: x509.Certificate) -> bool:
-    key = key_from_pem(sealer.open(key_pem, table=table, column="key_pem", row_id=row_id))
-    return spki_sha256(key.public_key()) == spki_sha256(leaf.public_key())
+    opened = sealer.open(key_pem, table=table, column="key_pem", row_id=row_id)
+    key = load_pem_private_key(opened.encode(), None)
+    return spki_sha256(key.public_key()) == spki_sha256(leaf.public_key())  # type: ignore[arg-type]
 
 
 def assert_nothing_stuck(db: Database) -> None:

@@ -528,7 +528,7 @@ def test_a_plain_account_key_is_sealed(world: World) -> None:
     world.issue("a.test")
     stored = world.db.read(lambda tx: accounts.find_default(tx, world.ca.directory_url))
     assert stored is not None
-    plain = {**stored.credentials_json, "key": stored.open_key(world.sealer)}
+    plain = {**stored.credentials_json, "key": stored.open(stored.key, world.sealer)}
     world.execute("UPDATE acme_accounts SET credentials_json = :plain", plain=json.dumps(plain))
 
     world.issue("b.test")

@@ -111,7 +111,7 @@ def test_the_key_is_committed_before_the_ca_hears_of_it(world: World) -> None:
     """Whoever comes after a crash sends the same one."""
     hooked = Hooked(world.ca.http)
     keys = []
-    hooked.before["/new-account"] = lambda: keys.append(stored(world).open_key(world.sealer))
+    hooked.before["/new-account"] = lambda: keys.append(stored(world).open(stored(world).key, world.sealer))
     world.ca.fail_next("POST", "/new-account", raises=lost("/new-account"), after=True, times=2)
     for _ in range(2):
         with pytest.raises(TransportFault):

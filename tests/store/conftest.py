@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import Connection
 
 from certworker.store import lineages
 from certworker.store.database import Database, open_database
@@ -12,6 +13,11 @@ from .given import Program, url_of
 
 NOW = datetime(2026, 11, 22, 12, 0, 0, 123456, tzinfo=UTC)
 ISSUER = lineages.Issuer("https://ca.test/dir", "", "ecdsa-p256")
+
+
+def add_lineage(tx: Connection, names: list[str], issuer: lineages.Issuer = ISSUER) -> str:
+    """Return the id of the lineage for these names, made if it is not there."""
+    return lineages.find_or_add(tx, [names], issuer, NOW)[0]
 
 
 @pytest.fixture
@@ -33,4 +39,4 @@ def twin(db: Database) -> Iterator[Database]:
 @pytest.fixture
 def lineage_id(db: Database) -> str:
     """A lineage for `a.test`."""
-    return db.write(lambda tx: lineages.find_or_add(tx, ["a.test"], ISSUER, NOW))
+    return db.write(lambda tx: add_lineage(tx, ["a.test"]))

@@ -75,7 +75,7 @@ def test_whatever_stands_in_a_row_can_be_looked_at(db: Database, document: Any) 
     assert not odd.is_rolling(START)
     assert not odd.is_overdue(SOON)
     with pytest.raises(InputError, match=account.id):
-        odd.open_key(PLAIN)
+        odd.open(odd.key, PLAIN)
     db.write(lambda tx: accounts.record_registered(tx, account.id, URL, None))
     assert default(db).account_url == URL
 
@@ -107,7 +107,7 @@ def test_sealing_does_not_undo_what_was_written_meanwhile(db: Database) -> None:
     account = default(db)
     assert account.sealed
     assert is_sealed(str(account.key))
-    assert account.open_key(SEALER) == "old"
+    assert account.open(account.key, SEALER) == "old"
     assert account.open(account.pending_key, SEALER) == "new"
 
 

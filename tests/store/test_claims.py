@@ -9,7 +9,7 @@ from sqlalchemy import Connection, insert, literal, select, update
 
 from certworker.core.issuance import State
 from certworker.errors import LeaseLost
-from certworker.store import challenges, issuances, lineages
+from certworker.store import challenges, issuances
 from certworker.store.database import Database
 from certworker.store.issuances import Issuance
 from certworker.store.rows import new_id
@@ -17,7 +17,7 @@ from certworker.store.tables import acme_accounts
 from certworker.store.tables import issuances as rows
 from certworker.store.types import seconds_from_now
 
-from .conftest import ISSUER, NOW
+from .conftest import ISSUER, NOW, add_lineage
 from .plans import explain
 
 WORKER = "cccccccc-cccc-4ccc-8ccc-cccccccccccc"
@@ -30,7 +30,7 @@ def queue_some(db: Database, count: int) -> list[str]:
     def add(tx: Connection) -> list[str]:
         ids = []
         for number in range(count):
-            lineage_id = lineages.find_or_add(tx, [f"{number}.test"], ISSUER, NOW)
+            lineage_id = add_lineage(tx, [f"{number}.test"])
             ids.append(str(issuances.queue(tx, lineage_id, "first", NOW - timedelta(minutes=count - number))))
         return ids
 

@@ -9,14 +9,14 @@ from sqlalchemy import Connection, insert, select, update
 from certworker.core.certificate import Validity
 from certworker.core.issuance import State
 from certworker.core.renewal import RenewalInfo, Window
-from certworker.store import accounts, issuances, lineages, renewal_info
+from certworker.store import accounts, issuances, renewal_info
 from certworker.store.database import Database
 from certworker.store.renewal_info import Watched
 from certworker.store.rows import new_id
 from certworker.store.tables import issuances as issuance_rows
 from certworker.store.tables import lineages as lineage_rows
 
-from .conftest import ISSUER, NOW
+from .conftest import ISSUER, NOW, add_lineage
 from .plans import explain
 
 DAY, HOUR, MINUTE = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)
@@ -35,7 +35,7 @@ def serve(db: Database, name: str = "a.test", **columns: Any) -> str:
     }  # fmt: skip
 
     def write(tx: Connection) -> str:
-        lineage_id = lineages.find_or_add(tx, [name], ISSUER, NOW)
+        lineage_id = add_lineage(tx, [name])
         tx.execute(update(lineage_rows).where(lineage_rows.c.id == lineage_id).values(**{**serving, **columns}))
         return lineage_id
 

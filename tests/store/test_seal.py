@@ -345,7 +345,7 @@ def test_no_repr_shows_a_key(db: Database, lineage_id: str) -> None:
     db.write(lambda tx: accounts.add(tx, "https://ca.test/dir", canary, [], None, plain, NOW))
     account = db.read(lambda tx: accounts.find_default(tx, "https://ca.test/dir"))
     assert account is not None
-    assert account.open_key(plain) == issuance.key_pem == canary
+    assert account.open(account.key, plain) == issuance.key_pem == canary
     stored = StoredCertificate("id", "a.test", canary, canary, NOW, "active", None, None, None, None, None, None, None)
     node = NodeCertificate("id", frozenset(), (), "chain", canary, "", NOW + timedelta(days=1), 1)
     kek = canary.ljust(32).encode()
@@ -365,6 +365,6 @@ def test_an_account_s_key_is_sealed_in_its_row(db: Database) -> None:
     assert account is not None
 
     assert is_sealed(account.credentials_json["key"])
-    assert account.open_key(sealer) == PLAIN
+    assert account.open(account.key, sealer) == PLAIN
     with pytest.raises(SealError):
-        StoredAccount("other", account.directory_url, account.credentials_json).open_key(sealer)
+        StoredAccount("other", account.directory_url, account.credentials_json).open(account.key, sealer)
