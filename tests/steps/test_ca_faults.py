@@ -266,6 +266,8 @@ def test_an_order_that_is_never_ready_again(life: Life) -> None:
 
     late = [at for at in life.wire.times(old) if at > START + 11 * MINUTE]
     assert all(later - sooner >= 5 * MINUTE for sooner, later in pairwise(late))
+    # Read to be published, and once again after finalize was refused.
+    assert len([at for at in life.wire.times("/authorization/*") if at < START + 9 * MINUTE]) == 2
     assert (history(life.world)[-1].error or {})["type"] == "certworker:order-expired"
     assert life.world.last_issuance(NAME).state == State.DONE
     assert len(life.wire.to("/new-order")) == 2
@@ -322,6 +324,18 @@ def test_an_order_that_becomes_invalid(life: Life, state: State) -> None:
     assert max(life.wire.times(urlsplit(dead.order_url or "").path)) <= died_at
     assert life.world.last_issuance(NAME).state == State.DONE
     assert life.world.last_issuance(NAME).order_url != dead.order_url
+
+
+def test_an_order_that_finalize_ends(life: Life) -> None:
+    """A20: its authorizations are read as they are then, not as they were before they were proved."""
+    session = life.reach(State.FINALIZE_INTENT, NAME)
+    kill(life.world, "caa")
+    (order,) = life.world.ca.orders.values()
+    headers = {"content-type": "application/json"}
+    fail(life.world, "finalize", status=200, body=order.show().encode(), headers=headers)
+    life.move(session)
+
+    assert (session.issuance.state, (session.issuance.error or {})["type"]) == (State.FAILED, f"{URN}caa")
 
 
 def kill(world: World, code: str | None, status: str = "invalid", error: dict[str, Any] | None = None) -> None:
