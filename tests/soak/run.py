@@ -21,7 +21,7 @@ from tests.flow.box import until
 from .checks import bugs, crashes, duplicates, leaks
 from .fleet import BUSY, Fleet, fleet_of
 from .servers import CrashingPostgres, run_crashing_postgres
-from .storm import LONGEST_WAIT, Storm, Struck, let_die, revive, spacing
+from .storm import LONGEST_WAIT, Storm, Struck, kept_retry_after, kept_schedule, let_die, revive
 from .watch import Watch
 
 LIFE = timedelta(seconds=240)
@@ -191,13 +191,15 @@ class _Soak:
         # What a CA issued and forgot before it was fetched is nobody's any more.
         known = {issued.serial for issued in ledger[forgotten:]}
         twice, lost = known & set(duplicates(fleet)), known & set(keys_lost(fleet.first))
-        accounts, kept = fleet.first.accounts(), spacing(struck, fleet.proxy.exchanges)
+        accounts, exchanges = fleet.first.accounts(), list(fleet.proxy.exchanges)
+        kept, spread = kept_retry_after(struck, exchanges), kept_schedule(struck, exchanges)
         self._fault("O1, G5 at every instant", sorted(watch.faults))
         self._fault("O3 issued and never served", sorted(twice))
         self._fault("O3 keys lost", sorted(lost))
         self._fault("O5 leaks", leaks(fleet))
         self._fault("O6 accounts", [f"{accounts} were made"] if accounts != 1 + len(struck.resets) else [])
         self._fault("O6 Retry-After", [f"asked {-kept.worst:.2f} s too soon"] if kept.worst < 0 else [])
+        self._fault("O6 schedule", [f"asked {-spread.worst:.2f} s too soon"] if spread.worst < 0 else [])
         self._fault("O11 bugs", bugs(fleet))
         self._fault("O11 tracebacks", crashes(fleet))
         self._fault("processes", struck.faults)
@@ -209,6 +211,7 @@ class _Soak:
             "resumed after SIGKILL": len(watch.resumed), "slowest resume": f"{max(watch.resumed, default=0):.1f} s",
             "median resume": f"{_median(watch.resumed):.1f} s", "slowest SIGTERM": f"{struck.slowest_stop:.1f} s",
             "Retry-After kept": f"{kept.judged}, closest {kept.worst:+.2f} s, {kept.excused} not to be judged",
+            "schedule kept": f"{spread.judged}, closest {spread.worst:+.2f} s, {spread.excused} not to be judged",
             "lease lost": sum(worker.said().count('"issuance.lease_lost"') for worker in fleet.workers),
             "samples in which the CA was not asked": dict(watch.closed) or "none",
             "seconds in all": f"{self._elapsed():.0f}",

@@ -47,6 +47,8 @@ _CALM = 8 * 60
 _STOP_LIMIT = 30.0
 LONGEST_WAIT = 5
 """Seconds in the Retry-After that are sent."""
+_FIRST_STEP = 4.0
+"""Seconds, at the least, after a first failure that passes by itself: 5 less the fifth that spreads them."""
 
 _BROKEN: dict[str, Fault] = {
     "reset before": reset_before,
@@ -58,16 +60,18 @@ _BROKEN: dict[str, Fault] = {
     "trickled": trickle(0.002),
 }
 """What becomes of an answer, or of the request for it."""
+_REFUSALS = ("500", "502 in HTML", "truncated")
+"""Of these, what is a failure at once: where no answer comes, a request that only reads is sent once more."""
 
 
 @dataclass(frozen=True)
 class Waited:
-    """A request that was answered with Retry-After."""
+    """A request that failed, and how long it must not be repeated."""
 
     exchange: Exchange
     at: float
     """When that was said, by the monotonic clock."""
-    seconds: int
+    seconds: float
 
 
 @dataclass
@@ -77,6 +81,9 @@ class Struck:
     counts: Counter[str] = field(default_factory=Counter)
     """Of each kind of fault."""
     asked_to_wait: list[Waited] = field(default_factory=list)
+    """What was answered with Retry-After."""
+    refused: list[Waited] = field(default_factory=list)
+    """What failed without it: our own schedule says when it is tried again."""
     disturbed: list[tuple[float, float]] = field(default_factory=list)
     """When what a worker had just been told could not be noted: it, or the database, was away."""
     slowest_stop: float = 0.0
@@ -325,7 +332,12 @@ class Storm:
         self._rules.append((kind, rule))
 
     def _break(self, kind: str) -> None:
-        self._on(kind, self._draw.choice(_ROUTES), _BROKEN[kind], times=self._draw.randint(1, 2))
+        def fault(turn: Turn) -> None:
+            if kind in _REFUSALS and turn.exchange.route in _OF_ORDER:
+                self._struck.refused.append(Waited(turn.exchange, time.monotonic(), _FIRST_STEP))
+            _BROKEN[kind](turn)
+
+        self._on(kind, self._draw.choice(_ROUTES), fault, times=self._draw.randint(1, 2))
 
     def _hold(self) -> None:
         hold = Hold(answered=self._draw.random() < 0.5, outlive=self._draw.random() < 0.5)
@@ -383,26 +395,39 @@ def let_die(fleet: Fleet, name: str) -> None:
 
 @dataclass(frozen=True)
 class Spacing:
-    """How Retry-After was kept."""
+    """How what was to be waited for was."""
 
     judged: int
     excused: int
     """Answers that nobody could note down: whoever got them died then, or the database was away."""
     worst: float
-    """Seconds after the moment that was asked for; negative is too soon."""
+    """Seconds after the first moment that was allowed; negative is too soon."""
 
 
-def spacing(struck: Struck, exchanges: list[Exchange]) -> Spacing:
-    """Compare when each request was repeated with when that was allowed."""
-    later: dict[tuple[str, str, str], list[float]] = {}
+def kept_retry_after(struck: Struck, exchanges: list[Exchange]) -> Spacing:
+    """Compare when each request was repeated with when the CA had asked for that."""
+    return _spacing(struck.asked_to_wait, struck.disturbed, exchanges, _what)
+
+
+def kept_schedule(struck: Struck, exchanges: list[Exchange]) -> Spacing:
+    """Compare when an equal request was made after a failure with the first step of our own schedule."""
+    # Equal in every word: an order that the CA refuses is made once more, at once, without `replaces`.
+    return _spacing(struck.refused, struck.disturbed, exchanges, lambda one: (*_what(one), json.dumps(one.payload)))
+
+
+def _spacing(
+    waits: list[Waited],
+    disturbed: list[tuple[float, float]],
+    exchanges: list[Exchange],
+    what: Callable[[Exchange], tuple[str, ...]],
+) -> Spacing:
+    later: dict[tuple[str, ...], list[float]] = {}
     for exchange in exchanges:
-        later.setdefault(_what(exchange), []).append(exchange.at)
+        later.setdefault(what(exchange), []).append(exchange.at)
     margins, excused = [], 0
-    for waited in struck.asked_to_wait:
-        again = next((at for at in sorted(later[_what(waited.exchange)]) if at > waited.at), None)
-        if any(
-            began - 0.5 <= waited.at <= ended + 0.5 or 0 <= began - waited.at <= 1 for began, ended in struck.disturbed
-        ):
+    for waited in waits:
+        again = next((at for at in sorted(later[what(waited.exchange)]) if at > waited.at), None)
+        if any(began - 0.5 <= waited.at <= ended + 0.5 or 0 <= began - waited.at <= 1 for began, ended in disturbed):
             excused += 1
         elif again is not None:
             margins.append(again - waited.at - waited.seconds)

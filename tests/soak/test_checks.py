@@ -1,5 +1,7 @@
 """The soak's own oracles: each sees what it is there for."""
 
+import base64
+import json
 import random
 import time
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from tests.chaos.proxy import Exchange
 from tests.test_leaks import Secret
 
 from .checks import Needles
-from .storm import Struck, Waited, spacing
+from .storm import Struck, Waited, kept_retry_after, kept_schedule
 from .watch import Watch
 
 RAW = bytes(range(100, 132))
@@ -40,15 +42,30 @@ def asked(at: float, path: str = "/order/1") -> Exchange:
     return Exchange(at, "POST", path, "order", {}, b"")
 
 
+def ordered(at: float, payload: object) -> Exchange:
+    """Return a newOrder with this payload."""
+    text = base64.urlsafe_b64encode(json.dumps(payload).encode()).decode().rstrip("=")
+    return Exchange(at, "POST", "/order-plz", "newOrder", {}, json.dumps({"payload": text}).encode())
+
+
 def test_who_asks_too_soon_is_seen() -> None:
     """The same thing again before the time, unless whoever was told has died with it."""
     struck = Struck(asked_to_wait=[Waited(asked(10.0), 10.1, 3)])
     others = [asked(10.0), asked(11.0, "/order/2")]
 
-    assert spacing(struck, [*others, asked(14.0)]).worst == pytest.approx(0.9)
-    assert spacing(struck, [*others, asked(12.0)]).worst == pytest.approx(-1.1)
+    assert kept_retry_after(struck, [*others, asked(14.0)]).worst == pytest.approx(0.9)
+    assert kept_retry_after(struck, [*others, asked(12.0)]).worst == pytest.approx(-1.1)
     struck.disturbed.append((10.5, 10.5))
-    assert spacing(struck, [*others, asked(12.0)]).judged == 0
+    assert kept_retry_after(struck, [*others, asked(12.0)]).judged == 0
+
+
+def test_who_repeats_a_failure_too_soon_is_seen() -> None:
+    """The very same words; what the CA is asked with others is another question."""
+    order, without = {"identifiers": [{"value": "a.test"}], "replaces": "x"}, {"identifiers": [{"value": "a.test"}]}
+    struck = Struck(refused=[Waited(ordered(10.0, order), 10.1, 4.0)])
+
+    assert kept_schedule(struck, [ordered(10.0, order), ordered(10.2, without), ordered(14.2, order)]).worst >= 0
+    assert kept_schedule(struck, [ordered(10.0, order), ordered(12.1, order)]).worst == pytest.approx(-2.0)
 
 
 @pytest.fixture
