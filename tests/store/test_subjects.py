@@ -798,7 +798,7 @@ def document() -> dict[str, list[dict[str, Any]]]:
         "upstream_targets": [{"id": TARGET, "pool_id": POOL, "address": "h:1", "weight": 1, "enabled": True}],
         "tls_policies": [{"id": POLICY, "mode": "auto", "domains": ["a.test"], "shared": False}],
         "listeners": [{"id": LISTENER, "name": None, "port": 443, "protocol": "https", "tls_policy_id": POLICY,
-                       "enabled": True}],
+                       "enabled": True, "challenge": None}],
         "routes": [{"id": ROUTE, "listener_id": LISTENER, "type": "path", "match_expr": {"host": "a.test"},
                     "priority": 1, "upstream_pool_id": POOL, "enabled": True}],
     }  # fmt: skip
