@@ -258,7 +258,14 @@ def _prove_again(bench: Bench, session: Session) -> None:
 
 
 def _intend_finalize(bench: Bench, session: Session) -> None:
-    record(bench, session, State.FINALIZE_INTENT)
+    now = bench.clock()
+
+    def intend(tx: Connection) -> Issuance:
+        if not lineages.is_linked(tx, session.lineage.id):
+            return cancel(tx, session, now)  # it would be thrown away, and counts against limits all the same
+        return issuances.record(tx, session.issuance, now, state=State.FINALIZE_INTENT, failures=0, error=None)
+
+    session.issuance = bench.db.write(intend)
 
 
 def _finalize(bench: Bench, session: Session) -> None:

@@ -627,6 +627,25 @@ def test_what_nobody_wants_any_more_is_not_ordered(world: World) -> None:
     assert world.ca.issued == []
 
 
+def test_what_nobody_wants_after_the_order_is_not_finalized(world: World) -> None:
+    """No certificate is made to be thrown away, and its tokens are withdrawn."""
+    policy_id = world.add_policy("a.test")
+    world.take_over()
+    (session,) = world.claim()
+    bench = world.bench()
+    while session.issuance.state != State.AUTHORIZED:
+        advance(bench, session)
+        world.clock.now = max(world.clock.now, session.wait_until or world.clock.now)
+    world.db.write(lambda tx: policies.remove(tx, policy_id))
+
+    while session.issuance.is_open:
+        advance(bench, session)
+
+    assert session.issuance.state == State.CANCELLED
+    assert world.ca.count("POST", "/finalize/*") == 0
+    assert world.rows("SELECT count(*) FROM challenges") == [(0,)]
+
+
 def test_a_certificate_that_is_finished_when_its_policy_is_paused_serves(world: World) -> None:
     """Pausing stops renewals; what the CA has made already is not thrown away."""
     policy_id = world.add_policy("a.test")
