@@ -400,7 +400,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.hang_up()
 
     def relay(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        length = int(self.headers.get("content-length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:
+            # Whoever sent it has died over it: to any CA it is no request yet.
+            self.close_connection = True
+            return
         path = urlsplit(self.path).path
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _CONNECTION_HEADERS}
         exchange = Exchange(

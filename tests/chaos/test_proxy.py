@@ -175,6 +175,18 @@ def test_a_client_that_leaves_takes_what_was_held_along(proxy: FaultProxy, ca: P
     assert proxy.seen("newNonce")[0].answer is None
 
 
+def test_half_a_request_is_none(ca: Pebble, tmp_path: Path) -> None:
+    """Its client died while it was sent: the CA never hears of it, and nobody has asked."""
+    with FaultProxy(ca, tmp_path / "half") as proxy, closing(Browser(proxy).connection) as dying:
+        dying.request("GET", "/dir", headers={"User-Agent": "chaos"})
+        dying.getresponse().read()
+        dying.putrequest("POST", "/order-plz")
+        dying.putheader("Content-Length", "100")
+        dying.endheaders(b'{"payload": ')
+
+    assert [exchange.path for exchange in proxy.exchanges] == ["/dir"]
+
+
 def test_a_request_that_outlives_its_client(proxy: FaultProxy, ca: Pebble) -> None:
     """It was on the way already: the CA does its part for nobody."""
     hold, asked = Hold(outlive=True), ca.requests()
