@@ -33,6 +33,8 @@ LOOKUP_THREADS = 4
 LINGER = timedelta(seconds=1)
 """How long a refused client may take to read its answer and to stop sending."""
 LINGER_READ = 1 << 16
+ACCEPT_AGAIN = timedelta(milliseconds=200)
+"""After a connection that could not be taken: no descriptor is left for it."""
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
@@ -126,6 +128,7 @@ class Responder:
             self._listener = socket.create_server(
                 (self._host, self._port), family=family, backlog=self._limits.connections
             )
+            self._listener.setblocking(False)
         except OSError as error:
             reason = str(error.strerror).partition(" (while")[0]  # Python adds the address a second time
             raise CertworkerError(
@@ -134,7 +137,7 @@ class Responder:
             ) from error
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="responder", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=[self._listener], name="responder", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -153,18 +156,36 @@ class Responder:
     ) -> None:
         self.stop()
 
-    def _run(self) -> None:
+    def _run(self, listener: socket.socket) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve())
+            runner.run(self._serve(listener))
 
-    async def _serve(self) -> None:
+    async def _serve(self, listener: socket.socket) -> None:
         self._lookups = Lookups(self._find, self._limits, self.counters)
         self._teller = ThreadPoolExecutor(1, "responder-tell")
-        server = await asyncio.start_server(self._serve_client, sock=self._listener, limit=self._limits.head_bytes)
+        accepting = asyncio.create_task(self._accept(listener))
         await self._stopping.wait()
-        server.close()
+        accepting.cancel()
+        await asyncio.wait({accepting})
+        listener.close()
         self._lookups.close()
         self._teller.shutdown(wait=False, cancel_futures=True)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """Take connections until cancelled; while the process may open no more files, clients wait.
+
+        asyncio's own server would then run hot, and log thousands of lines a second.
+        """
+        while True:
+            try:
+                client, _ = await self._loop.sock_accept(listener)
+                await self._loop.connect_accepted_socket(self._conversation, client)
+            except OSError:
+                await asyncio.sleep(ACCEPT_AGAIN.total_seconds())
+
+    def _conversation(self) -> asyncio.StreamReaderProtocol:
+        reader = asyncio.StreamReader(limit=self._limits.head_bytes, loop=self._loop)
+        return asyncio.StreamReaderProtocol(reader, self._serve_client, loop=self._loop)
 
     async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # `drain` then waits until the kernel has everything, so that nothing is lost by `abort`.

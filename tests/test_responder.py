@@ -1,12 +1,15 @@
 """The HTTP-01 responder: exactly the live tokens, whatever else is asked."""
 
 import http.client
+import os
 import re
+import resource
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 
@@ -263,6 +266,40 @@ def test_connections_are_bounded(start: Start) -> None:
     held.pop().close()
     await_true(lambda: get(responder)[0] == 200)
     held.pop().close()
+
+
+def test_without_a_descriptor_clients_wait(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is said and nothing runs hot while the process may open no more files; then they are answered."""
+    responder = start()
+    with socket.socket() as client, no_more_files():
+        client.connect(responder.address)
+        client.sendall(request(PATH))
+        client.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        used = time.process_time()
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        used = time.process_time() - used
+    with socket.create_connection(responder.address, timeout=5) as later:
+        later.sendall(request(PATH))
+        assert later.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+    assert used < 0.1
+    assert caplog.records == []
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Let this process open no file, pipe or socket."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_200_at_once_are_one_lookup(start: Start) -> None:
