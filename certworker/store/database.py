@@ -25,7 +25,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalErr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from certworker.errors import SchemaError, StoreError, StoreRefused
-from certworker.store.types import db_now
+from certworker.store.types import db_now, read_json
 
 T = TypeVar("T")
 
@@ -194,7 +194,7 @@ def _postgresql(
 ) -> Engine:
     return create_engine(
         url, pool_pre_ping=True, pool_size=pool_size, max_overflow=max_overflow, pool_timeout=_POOL_WAIT,
-        hide_parameters=True, connect_args=_besides(url, connect, session),
+        hide_parameters=True, json_deserializer=read_json, connect_args=_besides(url, connect, session),
     )  # fmt: skip
 
 
@@ -212,7 +212,9 @@ def _sqlite(url: str) -> Engine:
     if path.parent.is_dir() and not path.exists():
         # SQLite would create it with the umask; it is to hold keys.
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    engine = create_engine(url, pool_size=8, max_overflow=32, pool_timeout=_POOL_WAIT, hide_parameters=True)
+    engine = create_engine(
+        url, pool_size=8, max_overflow=32, pool_timeout=_POOL_WAIT, hide_parameters=True, json_deserializer=read_json
+    )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

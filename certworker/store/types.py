@@ -40,6 +40,9 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeEngine
 
+_SHOWN = 200
+"""So much is left of a value that cannot be read."""
+
 
 class UuidText(TypeDecorator[str]):
     """A UUID, in Python always the 36-character lower-case text."""
@@ -102,7 +105,20 @@ class TextArray(TypeDecorator[list[str]]):
     def process_result_value(self, value: Any, dialect: Dialect) -> list[str] | None:
         if value is None:
             return None
-        return list(value) if dialect.name == "postgresql" else list(json.loads(value))
+        read = value if dialect.name == "postgresql" else read_json(value)
+        return list(read) if isinstance(read, list) else [read]
+
+
+def read_json(text: str | bytes) -> Any:
+    """Return what JSON says, or the beginning of the text itself where Python cannot read what a database takes.
+
+    That is a number of thousands of digits, or lists a thousand deep. One such row of another program would
+    make every query that meets it fail; as a text it is refused by whoever looks at it, like any wrong value.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return (text if isinstance(text, str) else text.decode())[:_SHOWN]
 
 
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")

@@ -1,12 +1,15 @@
 """What another gateway program may write, and what the database refuses whoever writes it."""
 
+from contextlib import closing
+
 import psycopg
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from certworker.store import changes, issuances, policies
 from certworker.store.database import Database, open_database
 from certworker.store.tables import issuances as issuance_rows
+from certworker.store.tables import upstream_pools
 
 from .conftest import NOW
 from .given import (
@@ -225,6 +228,30 @@ def test_our_code_reads_foreign_rows(db: Database, program: Program) -> None:
     assert not policy.shared
     assert policy.created_at == NOW.replace(microsecond=0)
     assert [found.id for found in db.read(lambda tx: policies.wanting(tx, "b.test"))] == [POLICY]
+
+
+BEYOND_PYTHON = [f"[1{'0' * 5000}]", "[" * 990 + "]" * 990]
+"""JSON to both databases: a number of more digits than Python reads, lists deeper than it goes."""
+
+
+@pytest.mark.parametrize("value", BEYOND_PYTHON, ids=["digits", "depth"])
+def test_json_that_python_cannot_read_is_text(db: Database, program: Program, value: str) -> None:
+    """It is a wrong value of its own row, and no query that meets it fails."""
+    program(INSERTS["upstream_pools"].replace("NULL", f"'{value}'"))
+
+    found = db.read(lambda tx: tx.execute(select(upstream_pools.c.health_check)).scalar())
+    assert found == value[:200]
+
+
+def test_domains_that_python_cannot_read_are_one_wrong_name(sqlite_db: Database) -> None:
+    """On PostgreSQL a list of names holds nothing but texts."""
+    with closing(Program(sqlite_db)) as program:
+        for number, value in enumerate(BEYOND_PYTHON):
+            policy = INSERTS["tls_policies"].replace("<a.test, b.test>", f"'{value}'")
+            program(policy.replace(POLICY, POLICY[:-1] + str(number)))
+
+    found = sqlite_db.read(policies.list_all)
+    assert [policy.domains for policy in found] == [[value[:200]] for value in BEYOND_PYTHON]
 
 
 # -- notes ----------------------------------------------------------------------------------------------
