@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-from certworker.errors import DatabaseHeld
+from certworker.errors import DatabaseHeld, StoreError
 from certworker.store.rows import new_id
 
 
@@ -42,9 +42,18 @@ class WorkerRole(_Held):
 
     @classmethod
     def take(cls, database: Path, now: datetime) -> Self:
-        """Take the role for the SQLite file `database`, or raise DatabaseHeld naming the holder."""
+        """Take the role for the SQLite file `database`, or raise DatabaseHeld naming the holder.
+
+        StoreError if there can be no lock where the file is.
+        """
         path = lock_path(database)
-        handle = _open(path)
+        try:
+            handle = _open(path)
+        except OSError as error:
+            raise StoreError(
+                f"cannot take the worker role of the database {database}: cannot write to {path}: {error.strerror}; "
+                "check who owns the file and its folder, and how they are mounted"
+            ) from None
         if not _lock(handle):
             raise DatabaseHeld(
                 f"the database {database} has a worker already: {_holder(path)}; "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from certworker.errors import DatabaseHeld
+from certworker.errors import DatabaseHeld, StoreError
 from certworker.store.role import Place, WorkerRole, lock_path
 
 from .conftest import NOW
@@ -101,6 +101,15 @@ def test_a_holder_that_left_no_note_is_still_refused(tmp_path: Path) -> None:
 
 
 # -- the place of a worker ----------------------------------------------------------------------------
+
+
+def test_where_no_lock_can_be_is_no_role(tmp_path: Path) -> None:
+    """One line that names the file, and what the system said of it."""
+    database = tmp_path / "certworker.db"
+    lock_path(database).mkdir()
+
+    with pytest.raises(StoreError, match=rf"cannot write to {lock_path(database)}: Is a directory; check who owns"):
+        WorkerRole.take(database, NOW)
 
 
 def test_a_place_is_one_worker_s_until_it_dies(tmp_path: Path) -> None:
