@@ -9,6 +9,7 @@ import signal
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 
 import click
@@ -69,6 +70,9 @@ def main() -> None:
     """Run a command and end the process with its exit code."""
     # A shell that starts it in the background has SIGINT ignored; Ctrl-C and `kill -INT` work all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What another program wrote may have letters that this terminal has not; stderr is like this already.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -1,10 +1,11 @@
 """`policy`, `status` and `renew --dry-run`: what is wanted, and what it says."""
 
 import json
+from uuid import uuid4
 
 import pytest
 
-from .conftest import Cli
+from .conftest import LIMIT, Cli
 
 LONG = "a" * 64
 
@@ -219,6 +220,19 @@ def test_what_another_program_wrote_wrong_is_explained(cli: Cli) -> None:
     assert "empty label" in policy["refused_names"][0]["rule"]
     assert "refused 'a..b'" in cli("status").out
     assert "policy.error" in cli.audited()
+
+
+def test_what_no_terminal_can_show_is_escaped(cli: Cli) -> None:
+    """Half a character is JSON to SQLite; no command ends over it, and what is printed as JSON is JSON."""
+    domains = '["\\ud800.test"]'
+    cli.sql(
+        "INSERT INTO tls_policies (id, mode, domains, status) VALUES (?, 'auto', ?, 'pending')", str(uuid4()), domains
+    )
+    text, document = cli.start("policy", "list"), cli.start("policy", "list", "--json")
+
+    assert r"\ud800.test" in text.communicate(timeout=LIMIT)[0]
+    (policy,) = json.loads(document.communicate(timeout=LIMIT)[0])
+    assert (policy["names"], text.returncode, document.returncode) == (["\ud800.test"], 0, 0)
 
 
 def test_a_dry_run_asks_nobody(cli: Cli) -> None:
