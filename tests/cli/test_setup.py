@@ -5,6 +5,10 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -179,6 +183,51 @@ def test_no_stop_signal_is_lost(number: signal.Signals) -> None:
         assert await_signal() == number
 
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+ENDLESS_STOP = """
+import os, signal, sys, threading
+from certworker.cli.run import stop_signal
+with stop_signal(limit=float(sys.argv[1])) as await_signal:
+    print("up", flush=True)
+    await_signal()
+    print("stopping", flush=True)
+    threading.Event().wait()
+"""
+
+
+@contextmanager
+def endless_stop(limit: float) -> Iterator[subprocess.Popen[str]]:
+    """Give a process that has been sent SIGTERM and whose stop does not come to an end by itself."""
+    command = [sys.executable, "-c", ENDLESS_STOP, str(limit)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "stopping\n"
+        yield process
+        process.kill()
+
+
+def test_a_stop_has_an_end() -> None:
+    """What holds it up is left as it is; a line says so."""
+    with endless_stop(limit=0.2) as process:
+        _, said = process.communicate(timeout=LIMIT)
+
+    assert process.returncode == 1
+    assert "service.stop_given_up" in said
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_it_at_once(second: signal.Signals, code: int) -> None:
+    """Unless it comes so soon that it is the first one again: timeout(1) sends its own twice."""
+    with endless_stop(limit=LIMIT) as process:
+        process.send_signal(second)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.1)
+        process.send_signal(second)
+
+        assert process.wait(5) == code
 
 
 @pytest.mark.parametrize("setting", ["API_LISTEN", "RESPONDER_LISTEN"])
