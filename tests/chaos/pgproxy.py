@@ -1,4 +1,4 @@
-"""A TCP proxy before PostgreSQL: cuts connections, stalls them, and loses the answer to a COMMIT.
+"""A TCP proxy before PostgreSQL: cuts, stalls or refuses connections, and loses the answer to a COMMIT.
 
 It reads no more of the protocol than it must: libpq sends a simple query, such as BEGIN or COMMIT, as one
 packet, and waits for the answer.
@@ -61,6 +61,7 @@ class PostgresProxy:
         self._open: dict[socket.socket, threading.Thread] = {}
         self._losses: list[LostCommit] = []
         self._stalled = threading.Event()
+        self._refusing = threading.Event()
         self._stopping = threading.Event()
 
     def __enter__(self) -> Self:
@@ -89,9 +90,14 @@ class PostgresProxy:
         """Pass nothing on any more, in either direction, and close nothing: half-open connections."""
         self._stalled.set()
 
+    def refuse(self) -> None:
+        """End every connection, and each new one at once: no server behind it."""
+        self._refusing.set()
+
     def resume(self) -> None:
-        """Go on after `stall` with what has come meanwhile."""
+        """Go on, after `stall` with what has come meanwhile."""
         self._stalled.clear()
+        self._refusing.clear()
 
     def lose_commit(self, *marks: bytes, cut: bool = True) -> LostCommit:
         """Lose the answer to the next COMMIT of a transaction in which all these bytes were sent."""
@@ -132,7 +138,7 @@ class PostgresProxy:
 
     def _relay(self, client: socket.socket, server: socket.socket) -> None:
         transaction, loss = b"", None
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() and not self._refusing.is_set():
             if self._stalled.is_set():
                 self._stopping.wait(_LOOK)
                 continue

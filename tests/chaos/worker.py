@@ -45,6 +45,8 @@ class Worker:
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     """By the monotonic clock."""
+    under: tuple[str, ...] = ()
+    """A program, with its arguments, that it is started by: prlimit(1), setpriv(1)."""
 
     def start(self) -> None:
         """Start it, in the same place with the same settings as before."""
@@ -52,7 +54,7 @@ class Worker:
         self.started_at = time.monotonic()
         with self.log_path.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "certworker", "run"], env=self.box.environ, cwd=self.box.folder,
+                [*self.under, sys.executable, "-m", "certworker", "run"], env=self.box.environ, cwd=self.box.folder,
                 stdout=out, stderr=out, process_group=0,
             )  # fmt: skip
 
@@ -64,15 +66,24 @@ class Worker:
         """SIGTERM: it drains and ends with 0."""
         assert self._end(signal.SIGTERM) == 0, self.said()
 
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, and wait for nothing."""
+        self._running().send_signal(number)
+
+    def wait(self, within: float = _STOP_LIMIT) -> int:
+        """Wait until it has ended, and return its exit code."""
+        code = self._running().wait(within)
+        self.process = None
+        return code
+
     def freeze(self) -> None:
         """SIGSTOP, and wait until every thread stands still: it holds all that it has, and does nothing."""
-        process = self._running()
-        process.send_signal(signal.SIGSTOP)
-        until(lambda: _thread_states(process.pid) == {"T"})
+        self.send(signal.SIGSTOP)
+        until(lambda: _thread_states(self.pid) == {"T"})
 
     def thaw(self) -> None:
         """SIGCONT: it goes on as if nothing had been."""
-        self._running().send_signal(signal.SIGCONT)
+        self.send(signal.SIGCONT)
 
     def said(self) -> str:
         """Return the log of all its lives."""
@@ -80,18 +91,19 @@ class Worker:
 
     def command_line(self) -> str:
         """Return what everybody on the machine can read of it."""
-        return Path(f"/proc/{self._running().pid}/cmdline").read_text()
+        return Path(f"/proc/{self.pid}/cmdline").read_text()
+
+    @property
+    def pid(self) -> int:
+        return self._running().pid
 
     def _running(self) -> subprocess.Popen[bytes]:
         assert self.process is not None, "it does not run"
         return self.process
 
     def _end(self, number: signal.Signals) -> int:
-        process = self._running()
-        process.send_signal(number)
-        code = process.wait(_STOP_LIMIT)
-        self.process = None
-        return code
+        self.send(number)
+        return self.wait()
 
 
 def _thread_states(pid: int) -> set[str]:
