@@ -6,6 +6,7 @@ that users configure (`egress`). The standard library's http.client costs a tent
 Sources: RFC 8555 §6.1 (https, User-Agent), RFC 9110 §9.2.2 (what may be repeated), §15.4 (redirects).
 """
 
+import errno
 import http.client
 import re
 import socket
@@ -236,6 +237,9 @@ def _explain(error: Exception, url: str, seconds: float) -> CaError:
             return TransportFault("reset", url, "the connection was closed before the answer was complete")
         case ssl.SSLError():
             return TransportFault("tls", url, f"no TLS connection ({_reason(error)}); check address, port and proxies")
+        case OSError(errno=errno.EMFILE | errno.ENFILE):
+            detail = "this process may open no more files; raise its limit (LimitNOFILE of the unit, ulimit -n)"
+            return TransportFault("connect", url, detail)
         case OSError():
             return TransportFault("connect", url, f"no connection ({_reason(error)}); check network and firewall")
         case _:

@@ -105,7 +105,7 @@ class Crew:
             self._cut.set()
             self._changed.notify_all()
         # A request to the CA under way has its own time limit; the lease is given back all the same.
-        give_up_at = max(give_up_at, time.monotonic() + _LAST_ACTION.total_seconds())
+        give_up_at = time.monotonic() + _LAST_ACTION.total_seconds()
         for thread in self._threads:
             thread.join(max(give_up_at - time.monotonic(), 0))
         ended = not any(thread.is_alive() for thread in self._threads)

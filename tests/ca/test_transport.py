@@ -1,6 +1,8 @@
 """The transport against real sockets: what a server, a proxy or a network can do to a request."""
 
 import base64
+import os
+import resource
 import socket
 import ssl
 import time
@@ -477,6 +479,21 @@ def test_a_closed_port_is_refused(transport: Transport) -> None:
         transport.request("GET", f"https://127.0.0.1:{port}/")
 
     assert caught.value.kind == "connect"
+
+
+def test_a_process_without_descriptors_says_so(transport: Transport) -> None:
+    """It is not the CA, and not the network."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        with pytest.raises(TransportFault, match=r"may open no more files; raise its limit") as refused:
+            transport.request("GET", "https://127.0.0.1:9/")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    assert refused.value.kind == "connect"
 
 
 def test_a_name_that_is_none_does_not_resolve(transport: Transport) -> None:
