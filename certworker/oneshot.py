@@ -175,16 +175,15 @@ class _Wait:
                 self._ended[ticket.issuance_id] = found
                 self._watch.ended(found)
         unserved = len(waiting) - len(still_open) - sum(t.issuance_id in self._ended for t in waiting)
-        return not unserved and (self._is_closed() or all(map(self._is_put_off, still_open.values())))
+        if unserved or any(standing.leased for standing in still_open.values()):
+            return False
+        return self._is_closed() or all(self._is_too_late(standing.attempt_at) for standing in still_open.values())
 
     def _tell(self, ticket: Ticket, standing: Standing) -> None:
         """Say how far a ticket is that somebody else works on; our own crew tells by itself."""
         if self._bench is None and self._told.get(ticket.issuance_id) != standing.state:
             self._told[ticket.issuance_id] = standing.state
             self._watch.reached(ticket, standing.state)
-
-    def _is_put_off(self, standing: Standing) -> bool:
-        return not standing.leased and self._is_too_late(standing.attempt_at)
 
     def _is_closed(self) -> bool:
         """Say whether the CA is asked for nothing until we have stopped waiting."""
