@@ -194,6 +194,7 @@ config_versions = _table(
     # ours
     Column("number", BigInteger),
     Column("digest", Text),
+    Column("restores", BigInteger),  # the number of the version that a roll-back brought back
     _one_of("status", "draft", "published", "archived"),
     Index(None, "status"),
     Index(None, "created_at"),

@@ -42,7 +42,7 @@ OURS = {
     "listeners": {"challenge"},
     "tls_policies": {"paused_at", "shared", "refused_names"},
     "certificates": {"lineage_id", "dns_names", "serial", "fingerprint", "issuer", "not_before", "revision"},
-    "config_versions": {"number", "digest"},
+    "config_versions": {"number", "digest", "restores"},
     "acme_accounts": {"is_default"},
 }
 TYPES = {
