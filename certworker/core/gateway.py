@@ -2,21 +2,23 @@
 
 The five tables are written by people and by other programs, so any value may be anything. `build`
 leaves out what breaks a rule, with all that hangs on it, and says so; whether to publish in spite
-of a fault is decided by the publish step.
+of a fault is decided by the publish step (ON_BAD_ROW).
 """
 
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from certworker.core.addresses import Reserved, split_address
 from certworker.core.snapshot import (
     MAX_INTERVAL,
+    UUID,
     HealthCheck,
     Listener,
     Match,
@@ -29,8 +31,6 @@ from certworker.core.snapshot import (
     Target,
 )
 from certworker.errors import InputError
-
-_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]*)\]|(?P<host>[^\[\]:]*)):(?P<port>[0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,8 @@ class Defaults:
     health_timeout: timedelta
     responders: tuple[str, ...]
     """`host:port` of everything that answers HTTP-01 challenges."""
+    reserved: tuple[str, ...] = ()
+    """`host:port` of what is certworker's own and no upstream of anybody; an unspecified host is every loopback one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +179,27 @@ class _Faults:
     def __init__(self) -> None:
         self.found: list[Fault] = []
 
+    def identify(self, table: str, rows: Iterable[R]) -> list[R]:
+        """Return the rows that can be told apart, by id; everything else looks rows up by it."""
+        sound = []
+        rows = tuple(rows)
+        uses = Counter(row.id for row in rows if isinstance(row.id, str))
+        for row in rows:
+            if not isinstance(row.id, str) or not re.fullmatch(UUID, row.id):
+                self.add(table, row, "id", _RULES["string_pattern_mismatch"])
+            elif uses[row.id] > 1:
+                self.add(table, row, "id", "is there twice")
+            else:
+                sound.append(row)
+        return sorted(sound, key=lambda row: row.id)
+
     def add(self, table: str, row: _Row, field: str, rule: str, value: object = None) -> None:
         self.found.append(Fault(table, show(row.id).strip("'"), field, rule, "" if value is None else show(value)))
 
     def read(self, table: str, rows: Iterable[R], make: Callable[[R], M]) -> list[M]:
         """Return what `make` makes of each row, without those that break a rule."""
         made = []
-        for row in sorted(rows, key=lambda row: str(row.id)):
+        for row in rows:
             try:
                 made.append(make(row))
             except ValidationError as refused:
@@ -233,54 +249,65 @@ def show(value: object) -> str:
     """Return a short text for any value, safe in a log line."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return f"<{type(value).__name__}>"
 
 
 def _show_key(key: int | str) -> str:
     return str(key) if str(key).isidentifier() else show(key)
 
 
-def _split_address(address: object) -> tuple[str, int]:
-    """Split `host:port` or `[IPv6]:port`, as it stands; the values are checked by who takes them."""
-    found = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
-    if found is None or (found["v6"] is not None and ":" not in found["v6"]):
-        raise _FieldFault("address", "an address is host:port, an IPv6 literal in brackets", address)
-    return found["v6"] or found["host"], int(found["port"])
-
-
 def build(rows: GatewayRows, defaults: Defaults) -> Built:
     """Make the snapshot of `rows`, and name every row that had to be left out.
 
-    A wrong responder address is no row's fault but the settings': that raises `InputError`.
+    Whatever the rows hold, this raises nothing; a wrong responder or reserved address is no row's fault
+    but the settings', and raises `InputError`.
     """
     faults = _Faults()
+    reserved = _read_reserved(defaults)
+    rows = GatewayRows(
+        listeners=tuple(faults.identify("listeners", rows.listeners)),
+        routes=tuple(faults.identify("routes", rows.routes)),
+        pools=tuple(faults.identify("upstream_pools", rows.pools)),
+        targets=tuple(faults.identify("upstream_targets", rows.targets)),
+        policies=tuple(faults.identify("tls_policies", rows.policies)),
+    )
     policies = _read_policies(rows, faults)
-    pools = _read_pools(rows, defaults, faults)
+    pools = _read_pools(rows, defaults, reserved, faults)
     routes = _read_routes(rows, {pool.id for pool in pools}, faults)
     listeners = _read_listeners(rows, routes, {policy.id for policy in policies}, faults)
     snapshot = Snapshot(
         listeners=tuple(sorted(listeners, key=lambda listener: listener.port)),
         pools=tuple(pools),
         policies=tuple(policies),
-        responders=_read_responders(defaults),
+        responders=read_responders(defaults),
     )
     return Built(snapshot, tuple(faults.found))
 
 
+def _is_one_of(value: object, known: Collection[str]) -> bool:
+    """Say whether `value` names one of `known`; what is no text names nothing."""
+    return isinstance(value, str) and value in known
+
+
 def _read_policies(rows: GatewayRows, faults: _Faults) -> list[Policy]:
-    named = {row.tls_policy_id for row in rows.listeners if row.enabled and row.protocol == "https"}
+    ending_tls = (row for row in rows.listeners if row.enabled and row.protocol == "https")
+    named = {row.tls_policy_id for row in ending_tls if isinstance(row.tls_policy_id, str)}
     wanted = [row for row in rows.policies if row.id in named]
     return faults.read("tls_policies", wanted, lambda row: Policy.model_validate({"id": row.id, "mode": row.mode}))
 
 
-def _read_pools(rows: GatewayRows, defaults: Defaults, faults: _Faults) -> list[Pool]:
+def _read_pools(rows: GatewayRows, defaults: Defaults, reserved: Reserved, faults: _Faults) -> list[Pool]:
     known = {row.id for row in rows.pools}
     targets: dict[str, list[Target]] = {}
-    for row in sorted(rows.targets, key=lambda row: str(row.id)):
-        if row.enabled and row.pool_id not in known:
+    for row in rows.targets:
+        if row.enabled and not _is_one_of(row.pool_id, known):
             faults.add("upstream_targets", row, "pool_id", "names no pool", row.pool_id)
         elif row.enabled:
-            targets.setdefault(row.pool_id, []).extend(faults.read("upstream_targets", [row], _read_target))
+            own = faults.read("upstream_targets", [row], lambda row: _read_target(row, reserved))
+            targets.setdefault(row.pool_id, []).extend(own)
 
     def read(row: PoolRow) -> Pool:
         check = None if row.health_check is None else _read_check(row.health_check, defaults)
@@ -290,9 +317,22 @@ def _read_pools(rows: GatewayRows, defaults: Defaults, faults: _Faults) -> list[
     return faults.read("upstream_pools", rows.pools, read)
 
 
-def _read_target(row: TargetRow) -> Target:
-    host, port = _split_address(row.address)
-    return Target.model_validate({"id": row.id, "host": host, "port": port, "weight": row.weight})
+def _read_target(row: TargetRow, reserved: Reserved) -> Target:
+    try:
+        host, port = split_address(row.address)
+    except ValueError as refused:
+        raise _FieldFault("address", str(refused), row.address) from None
+    target = Target.model_validate({"id": row.id, "host": host, "port": port, "weight": row.weight})
+    if reserved.holds(target.host, target.port):
+        raise _FieldFault("address", "is certworker's own (its API or a responder), no upstream", row.address)
+    return target
+
+
+def _read_reserved(defaults: Defaults) -> Reserved:
+    try:
+        return Reserved(defaults.reserved)
+    except ValueError as refused:
+        raise InputError(f"reserved addresses {show(defaults.reserved)}: {refused}") from None
 
 
 def _read_check(expr: object, defaults: Defaults) -> HealthCheck:
@@ -304,9 +344,9 @@ def _read_routes(rows: GatewayRows, pool_ids: set[str], faults: _Faults) -> dict
     listener_of = {row.id: row.listener_id for row in rows.routes}
 
     def read(row: RouteRow) -> Route:
-        if row.listener_id not in known:
+        if not _is_one_of(row.listener_id, known):
             raise _FieldFault("listener_id", "names no listener", row.listener_id)
-        if row.upstream_pool_id not in pool_ids:
+        if not _is_one_of(row.upstream_pool_id, pool_ids):
             raise _FieldFault("upstream_pool_id", "names no pool that can be used", row.upstream_pool_id)
         values = {"id": row.id, "type": row.type, "priority": row.priority, "pool_id": row.upstream_pool_id}
         return Route.model_validate(values | {"match": Match.model_validate(row.match_expr)})
@@ -320,29 +360,32 @@ def _read_routes(rows: GatewayRows, pool_ids: set[str], faults: _Faults) -> dict
 def _read_listeners(
     rows: GatewayRows, routes: dict[str, list[Route]], policy_ids: set[str], faults: _Faults
 ) -> list[Listener]:
-    enabled = [row for row in rows.listeners if row.enabled]
-    users = Counter(show(row.port) for row in enabled)
-
     def read(row: ListenerRow) -> Listener:
-        if users[show(row.port)] > 1:
-            raise _FieldFault("port", "is used by another listener too", row.port)
         policy_id = row.tls_policy_id if row.protocol == "https" else None
-        if policy_id is not None and policy_id not in policy_ids:
+        if policy_id is not None and not _is_one_of(policy_id, policy_ids):
             raise _FieldFault("tls_policy_id", "names no TLS policy that can be used", policy_id)
         challenge = "forward" if row.challenge is None else row.challenge
         values = {"id": row.id, "port": row.port, "protocol": row.protocol, "tls_policy_id": policy_id}
         return Listener.model_validate(values | {"challenge": challenge, "routes": tuple(routes.get(row.id, ()))})
 
-    return faults.read("listeners", enabled, read)
+    enabled = [row for row in rows.listeners if row.enabled]
+    # Counted among those that could be served: a row that cannot takes no port from one that can.
+    sound = {listener.id: listener for listener in faults.read("listeners", enabled, read)}
+    users = Counter(listener.port for listener in sound.values())
+
+    def read_alone(row: ListenerRow) -> Listener:
+        if users[row.port] > 1:
+            raise _FieldFault("port", "is used by another listener too", row.port)
+        return sound[row.id]
+
+    return faults.read("listeners", (row for row in enabled if row.id in sound), read_alone)
 
 
-def _read_responders(defaults: Defaults) -> tuple[Responder, ...]:
+def read_responders(defaults: Defaults) -> tuple[Responder, ...]:
+    """Return where challenges are answered, or raise `InputError` for an address that is none."""
     try:
-        addresses = [_split_address(address) for address in defaults.responders]
+        addresses = [split_address(address) for address in defaults.responders]
         return tuple(Responder(host=host, port=port) for host, port in addresses)
-    except (_FieldFault, ValidationError) as refused:
-        raise InputError(f"responder addresses {show(defaults.responders)}: {_first_line(refused)}") from None
-
-
-def _first_line(refused: _FieldFault | ValidationError) -> str:
-    return refused.errors()[0]["msg"] if isinstance(refused, ValidationError) else refused.rule
+    except ValueError as refused:  # a ValidationError is one
+        rule = refused.errors()[0]["msg"] if isinstance(refused, ValidationError) else str(refused)
+        raise InputError(f"responder addresses {show(defaults.responders)}: {rule}") from None

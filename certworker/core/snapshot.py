@@ -13,11 +13,11 @@ import json
 import re
 from collections.abc import Iterable
 from datetime import timedelta
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from certworker.core.addresses import LABELS, check_target_host
 from certworker.core.patterns import check_regex
 from certworker.errors import InputError
 
@@ -26,19 +26,16 @@ MAX_WEIGHT = 256
 """HAProxy's limit; nginx has none."""
 MAX_PRIORITY = 2**31 - 1
 
-_UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
-_LABELS = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(?:\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
+UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+"""The form of every id."""
 _PATH = re.compile(r"/[!-~]{0,1023}")
-_LOOKS_NUMERIC = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
-_NO_UPSTREAM = frozenset(map(ip_address, ("255.255.255.255", "fd00:ec2::254", "100.100.100.200")))
-"""Broadcast, and the cloud metadata services that are not link-local."""
 
 
 def check_host(value: str) -> str:
     """Return `value` in lower case if a Host header can match it: a name, or `*.` and a name."""
     host = value.lower()
     # isascii before lower(): the Kelvin sign becomes a plain k.
-    if not value.isascii() or len(host) > 253 or not _LABELS.fullmatch(host.removeprefix("*.")):
+    if not value.isascii() or len(host) > 253 or not LABELS.fullmatch(host.removeprefix("*.")):
         raise ValueError("a host is a name of A-labels, or *. and such a name")
     return host
 
@@ -54,39 +51,6 @@ def check_path(value: str) -> str:
     return value
 
 
-def check_target_host(value: str) -> str:
-    """Return the canonical form of an upstream's address: an IP literal, or a name to be resolved.
-
-    Addresses that reach the proxy's own surroundings instead of an upstream are refused.
-    """
-    name = value.lower()
-    if name == "localhost":
-        return "127.0.0.1"
-    if (address := _find_address(name)) is not None:
-        _check_address(address)
-        return str(address)
-    # `127.1` and `2130706433` are no names: proxies and libc read them as addresses.
-    if not value.isascii() or len(name) > 253 or not _LABELS.fullmatch(name) or _LOOKS_NUMERIC.fullmatch(name):
-        raise ValueError("an address is an IP literal or a host name, then a port")
-    return name
-
-
-def _find_address(text: str) -> IPv4Address | IPv6Address | None:
-    try:
-        return ip_address(text)
-    except ValueError:
-        return None
-
-
-def _check_address(address: IPv4Address | IPv6Address) -> None:
-    if isinstance(address, IPv6Address):
-        if address.scope_id is not None:
-            raise ValueError("an address has no zone")
-        address = address.ipv4_mapped or address
-    if address.is_unspecified or address.is_multicast or address.is_link_local or address in _NO_UPSTREAM:
-        raise ValueError("an unspecified, multicast, link-local, broadcast or metadata address is no upstream")
-
-
 def _unique(items: Iterable[str], what: str) -> None:
     seen: set[str] = set()
     for item in items:
@@ -95,7 +59,7 @@ def _unique(items: Iterable[str], what: str) -> None:
         seen.add(item)
 
 
-Id = Annotated[str, Field(pattern=_UUID)]
+Id = Annotated[str, Field(pattern=UUID)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Host = Annotated[str, AfterValidator(check_host)]
 Path = Annotated[str, AfterValidator(check_path)]
