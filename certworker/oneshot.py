@@ -22,7 +22,7 @@ from certworker.service import EmbeddedNode
 from certworker.steps.crew import Crew
 from certworker.steps.expire import expire
 from certworker.steps.gate import incident
-from certworker.steps.publish import publish
+from certworker.steps.publish import publish_changes
 from certworker.steps.reconcile import reconcile
 from certworker.steps.refresh_ari import refresh_ari
 from certworker.steps.renew import Outcome, Request, Ticket, outcome, request
@@ -247,7 +247,7 @@ class _Wait:
         agent = wiring.make_agent(app)
         if agent is not None:
             if app.settings.auto_publish == "on":
-                publish(app.db, app.clock, app.defaults)
+                publish_changes(app.db, app.clock, app.defaults, leave_out=app.leave_out, always=True)
             self._node = EmbeddedNode(agent, self._wake.set)
             self._stack.callback(self._node.stop, as_found=True)
             self._node.start()

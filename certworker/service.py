@@ -24,7 +24,7 @@ from certworker.node.agent import Agent
 from certworker.scheduler import Job, Timetable
 from certworker.steps.crew import POLL, Crew
 from certworker.steps.expire import expire
-from certworker.steps.publish import publish, publish_changes
+from certworker.steps.publish import pass_over_changes, publish_changes
 from certworker.steps.reap import reap
 from certworker.steps.reconcile import reconcile
 from certworker.steps.refresh_ari import refresh_ari
@@ -155,6 +155,8 @@ class Service:
         ]
         if self._app.settings.auto_publish == "on":
             jobs.append(Job("publish", self._publish, min(_LOOK, interval)))
+        else:
+            jobs.append(Job("publish", lambda: pass_over_changes(self._app.db), min(_LOOK, interval)))
         return jobs
 
     def _reconcile(self) -> None:
@@ -186,12 +188,17 @@ class Service:
             _log.warning("certificates.expired", extra={"count": count})
 
     def _publish(self, always: bool = False) -> None:
-        db, clock, defaults = self._app.db, self._app.clock, self._app.defaults
-        done = publish(db, clock, defaults) if always else publish_changes(db, clock, defaults)
+        app = self._app
+        done = publish_changes(app.db, app.clock, app.defaults, leave_out=app.leave_out, always=always)
         if done is None:
             return
         for fault in done.faults:
-            _log.error("publish.refused", extra={"fault": str(fault)})
+            if done.refused:
+                _log.error("publish.refused", extra={"fault": str(fault)})
+            else:
+                _log.warning("publish.left_out", extra={"fault": str(fault)})
+        if done.hold is not None and always:
+            _log.warning("publish.held", extra={"version": done.hold.number, "by": done.hold.by, "since": done.hold.at})
         for warning in done.warnings:
             _log.warning("publish.warning", extra={"warning": warning})
         if done.version is not None and done.changed:

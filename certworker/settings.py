@@ -151,6 +151,7 @@ class Settings(BaseModel):
     )
     node_silent_secs: Seconds = 60
     auto_publish: Literal["on", "off"] = "on"
+    on_bad_row: Literal["refuse", "leave_out"] = "refuse"
     dns_resolver: Address | None = None
     seal: Literal["on", "off"] = "on"
     kek_file: File | None = None

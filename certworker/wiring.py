@@ -92,7 +92,13 @@ class App:
             timedelta(seconds=s.health_check_interval_secs),
             timedelta(milliseconds=s.health_check_timeout_ms),
             tuple(s.responder_addresses),
+            (s.api_listen, s.responder_listen, *s.responder_addresses),
         )
+
+    @property
+    def leave_out(self) -> bool:
+        """Whether the gateway is published without the rows that break a rule."""
+        return self.settings.on_bad_row == "leave_out"
 
 
 Upgrade = Callable[[Database], tuple[str | None, str | None]]
@@ -151,6 +157,18 @@ def open_app(settings: Settings) -> App:
     except CertworkerError:
         db.close()
         raise
+
+
+def operator() -> str:
+    """Return who calls, for versions and audit rows: whoever called sudo, else the user of this process.
+
+    It is a note, no proof: whoever may write to the database may write any name.
+    """
+    try:
+        name = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a user id without an entry, as in some containers
+        name = ""
+    return name[:100] if name.isprintable() and name else "operator"
 
 
 def kek_path(settings: Settings) -> Path:

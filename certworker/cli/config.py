@@ -1,4 +1,4 @@
-"""`config`: the gateway's tables as one document."""
+"""`config`: the gateway's tables as one document, and the versions that are made of them."""
 
 import json
 import sys
@@ -16,9 +16,11 @@ import yaml
 from certworker import wiring
 from certworker.cli.main import settings_of
 from certworker.cli.output import json_option, print_json
+from certworker.cli.versions import diff, list_versions, publish, rollback
 from certworker.core.document import complete
 from certworker.core.gateway import Fault, build, show
 from certworker.errors import InputError
+from certworker.steps.publish import find_hold
 from certworker.store import audit, gateway
 from certworker.store.database import Transaction
 from certworker.store.rows import new_id
@@ -29,8 +31,11 @@ _LARGEST = 10 * 1024 * 1024
 
 @click.group()
 def config() -> None:
-    """The gateway's tables as one document."""
+    """The gateway's tables as one document, and its versions."""
 
+
+for _command in (diff, publish, rollback, list_versions):
+    config.add_command(_command)
 
 _form_option = click.option(
     "--format", "form", type=click.Choice(["toml", "yaml", "json"]), help="Default: by FILE's ending, else TOML."
@@ -49,11 +54,15 @@ def apply(ctx: click.Context, file: Path, form: str | None, as_json: bool) -> No
     """
     document = _read(file, form or _form_of(file))
     app = wiring.open_app(settings_of(ctx))
-    changed = app.db.write(lambda tx: _apply(tx, app, document))
-    warnings = app.db.read(lambda tx: build(gateway.read(tx), app.defaults)).warnings
+    # Read and written at one moment: another program's rows, half of them seen, would be faults.
+    changed = app.db.write(lambda tx: _apply(tx, app, document), at_one_moment=True)
+    built = app.db.read(lambda tx: build(gateway.read(tx), app.defaults), at_one_moment=True)
+    hold = app.db.read(find_hold)
     app.close()
-    for warning in warnings:
+    for warning in built.warnings:
         click.echo(f"warning: {warning}", err=True)
+    if hold is not None:
+        click.echo(f"warning: {hold}", err=True)
     if as_json:
         print_json({"changed": changed})
     else:
@@ -90,7 +99,7 @@ def _apply(tx: Transaction, app: App, document: dict[str, Any]) -> dict[str, int
         numbers = {row["id"]: number for table in rows.values() for number, row in enumerate(table, 1)}
         raise InputError("; ".join(_say(fault, numbers) for fault in faults[:5]))  # rolls the transaction back
     if any(changed.values()):
-        audit.record(tx, "config.applied", {"changed": changed}, now, actor="operator")
+        audit.record(tx, "config.applied", {"changed": changed}, now, actor=wiring.operator())
     return changed
 
 

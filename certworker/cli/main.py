@@ -24,7 +24,7 @@ _COMMANDS = {
     "renew": ("renew", "One shot: everything due, or the names given."),
     "policy": ("policy", "TLS policies: which names are wanted."),
     "account": ("account", "ACME accounts: what orders are made with."),
-    "config": ("config", "The gateway's tables as one document."),
+    "config": ("config", "The gateway's tables as one document, and its versions."),
     "status": ("status", "Where everything stands."),
     "demo": ("demo", "The main job on Pebble and HAProxy on this machine."),
 }

@@ -1,4 +1,5 @@
-"""What has served its time is deleted: old tokens, old issuances, tombstones, full rate buckets, dead workers.
+"""What has served its time is deleted: old tokens, old issuances, tombstones, full rate buckets, old versions,
+dead workers.
 
 The audit log is kept.
 """
@@ -9,7 +10,7 @@ from datetime import timedelta
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.store import budget, certificates, challenges, issuances, workers
+from certworker.store import budget, certificates, challenges, issuances, versions, workers
 from certworker.store.database import Database
 
 TOKENS = timedelta(minutes=10)
@@ -21,6 +22,8 @@ TOMBSTONES = timedelta(days=30)
 """A node that was away for longer starts from a whole manifest."""
 FULL_BUCKETS = timedelta(days=1)
 """A full bucket is as good as none, unless a clock that ran ahead took it for full."""
+KEPT_VERSIONS = 100
+"""Archived versions and drafts, besides the published one and what a node still serves."""
 _MOST_BUCKETS = 1000
 """In one call: each certificate has some."""
 
@@ -35,6 +38,7 @@ class Reaped:
     issuances: int
     tombstones: int
     buckets: int
+    versions: int
 
 
 def reap(db: Database, clock: Clock) -> Reaped:
@@ -48,6 +52,7 @@ def reap(db: Database, clock: Clock) -> Reaped:
             tokens=challenges.withdraw_stale(tx, now - TOKENS),
             issuances=issuances.forget_keys(tx, now - HISTORY, now),
             tombstones=certificates.forget_removed(tx, now - TOMBSTONES),
+            versions=versions.forget_old(tx, KEPT_VERSIONS),
             buckets=budget.forget_full(tx, now - FULL_BUCKETS, _MOST_BUCKETS),
         )
 

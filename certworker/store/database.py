@@ -103,30 +103,38 @@ class Database:
         """True for SQLite: one worker process only."""
         return self._engine.dialect.name == "sqlite"
 
-    def write(self, fn: Callable[[Connection], T]) -> T:
+    def write(self, fn: Callable[[Connection], T], *, at_one_moment: bool = False) -> T:
         """Run `fn` in one transaction and return its result after the commit.
 
+        With `at_one_moment` all its statements see the database as the first one did, on PostgreSQL too, and
+        `fn` is run again if a row that it wants to change has been changed since.
         Raises StoreError when the database cannot be reached or written, or is locked for too long,
         StoreRefused when it will not have what `fn` wrote.
         """
-        return _persist("write to", lambda: self._write_once(fn))
+        return _persist("write to", lambda: self._write_once(fn, at_one_moment=at_one_moment))
 
-    def _write_once(self, fn: Callable[[Connection], T]) -> T:
+    def _write_once(self, fn: Callable[[Connection], T], *, at_one_moment: bool = False) -> T:
         if self._writer is None:
-            with self._engine.begin() as tx:
-                return fn(tx)
+            with self._connect(at_one_moment=at_one_moment) as connection, connection.begin():
+                return fn(connection)
         with self._writer, self._engine.connect() as connection:
             connection = connection.execution_options(certworker_write=True)
             with connection.begin():
                 return fn(connection)
 
-    def read(self, fn: Callable[[Connection], T]) -> T:
-        """Run `fn` in one read transaction: all its statements see the same moment on SQLite."""
-        return _persist("read from", lambda: self._read_once(fn))
+    def read(self, fn: Callable[[Connection], T], *, at_one_moment: bool = False) -> T:
+        """Run `fn` in one read transaction: all its statements see the same moment on SQLite, and if asked to."""
+        return _persist("read from", lambda: self._read_once(fn, at_one_moment=at_one_moment))
 
-    def _read_once(self, fn: Callable[[Connection], T]) -> T:
-        with self._engine.connect() as connection, connection.begin():
+    def _read_once(self, fn: Callable[[Connection], T], *, at_one_moment: bool = False) -> T:
+        with self._connect(at_one_moment=at_one_moment) as connection, connection.begin():
             return fn(connection)
+
+    def _connect(self, *, at_one_moment: bool) -> Connection:
+        connection = self._engine.connect()
+        if at_one_moment and not self.embedded:
+            connection = connection.execution_options(isolation_level="REPEATABLE READ")
+        return connection
 
     def now(self) -> datetime:
         """Return the database's present time."""

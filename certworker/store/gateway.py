@@ -42,6 +42,14 @@ def read(tx: Connection) -> GatewayRows:
     )
 
 
+def names(tx: Connection) -> dict[str, str]:
+    """Return the names of pools and listeners by id, for people; not every listener has one."""
+    found: dict[str, str] = {}
+    for table in (upstream_pools, listeners):
+        found |= {row_id: name for row_id, name in tx.execute(select(table.c.id, table.c.name)) if name is not None}
+    return found
+
+
 def export(tx: Connection) -> dict[str, list[dict[str, Any]]]:
     """Return every table as rows of the columns a document may set, ordered by id."""
     document = {}

@@ -1,35 +1,89 @@
-"""`config_versions`: draft -> published (at most one) -> archived."""
+"""`config_versions`: draft -> published (at most one) -> archived.
 
+Other programs may write rows of their own there; what they write has no number, and the commands that
+name a version by its number do not see it.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from certworker.store import counters
 from certworker.store.rows import columns_of, new_id, to_value
-from certworker.store.tables import config_versions
+from certworker.store.tables import config_versions, node_status
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
-    """A row of `config_versions`."""
+class VersionRow:
+    """What a version is, without what it holds: that may be megabytes."""
 
     id: str
     number: int | None
     """Grows strictly; None in a row that another program wrote."""
-    digest: str | None
     status: str
-    snapshot_json: dict[str, Any]
+    digest: str | None
+    restores: int | None
+    """The number of the version that this one brought back."""
     created_by: str
     created_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Version(VersionRow):
+    """A row of `config_versions`."""
+
+    snapshot_json: dict[str, Any]
+
+
 def find_published(tx: Connection) -> Version | None:
     """Return the version that nodes are to serve."""
-    query = select(*columns_of(Version, config_versions)).where(config_versions.c.status == "published")
-    row = tx.execute(query).first()
+    return _find(tx, config_versions.c.status == "published")
+
+
+def find(tx: Connection, number: int) -> Version | None:
+    """Return the version of this number."""
+    return _find(tx, config_versions.c.number == number)
+
+
+def find_newest_draft(tx: Connection) -> VersionRow | None:
+    """Return the draft that was made last."""
+    drafts = select(*columns_of(VersionRow, config_versions)).where(
+        config_versions.c.status == "draft", config_versions.c.number.is_not(None)
+    )
+    row = tx.execute(drafts.order_by(config_versions.c.number.desc()).limit(1)).first()
+    return None if row is None else to_value(VersionRow, row)
+
+
+def find_before(tx: Connection, number: int, digest: str | None) -> Version | None:
+    """Return what was published before the version `number`, and holds something else than `digest`.
+
+    What roll-backs made is passed over: it holds what an older one holds.
+    """
+    published_once = (config_versions.c.status == "archived", config_versions.c.restores.is_(None))
+    before = select(*columns_of(Version, config_versions)).where(*published_once, config_versions.c.number < number)
+    if digest is not None:
+        before = before.where(config_versions.c.digest.is_distinct_from(digest))
+    row = tx.execute(before.order_by(config_versions.c.number.desc()).limit(1)).first()
     return None if row is None else to_value(Version, row)
+
+
+def list_all(tx: Connection) -> list[VersionRow]:
+    """Return every version, the newest first; those without a number by when they were written."""
+    query = select(*columns_of(VersionRow, config_versions))
+    order = config_versions.c.number.desc().nulls_last(), config_versions.c.created_at.desc()
+    return [to_value(VersionRow, row) for row in tx.execute(query.order_by(*order))]
+
+
+def serving(tx: Connection) -> Mapping[str, list[str]]:
+    """Return the nodes whose last heartbeat proved a version, by the version's id."""
+    rows = select(node_status.c.version_id, node_status.c.node_id).where(node_status.c.version_id.is_not(None))
+    nodes: dict[str, list[str]] = {}
+    for version_id, node_id in tx.execute(rows.order_by(node_status.c.node_id)):
+        nodes.setdefault(version_id, []).append(node_id)
+    return nodes
 
 
 def lock(tx: Connection) -> None:
@@ -40,20 +94,43 @@ def lock(tx: Connection) -> None:
     counters.lock(tx, counters.CONFIG_VERSION)
 
 
-def publish(tx: Connection, document: dict[str, Any], digest: str, created_by: str, now: datetime) -> Version:
-    """Archive the published version and publish this one in its place."""
-    # First, because it locks: two publishers would archive the same version and then both insert theirs.
-    number = counters.next_value(tx, counters.CONFIG_VERSION)
+def add_draft(
+    tx: Connection,
+    document: dict[str, Any],
+    digest: str,
+    created_by: str,
+    now: datetime,
+    *,
+    restores: int | None = None,
+) -> Version:
+    """Store a draft with the next number."""
+    version = Version(
+        id=new_id(), number=counters.next_value(tx, counters.CONFIG_VERSION), status="draft", digest=digest,
+        restores=restores, created_by=created_by, created_at=now, snapshot_json=document,
+    )  # fmt: skip
+    values = {column.name: getattr(version, column.name) for column in columns_of(Version, config_versions)}
+    tx.execute(insert(config_versions).values(**values))
+    return version
+
+
+def publish(tx: Connection, version: VersionRow) -> None:
+    """Archive the published version and let this one take its place."""
     published = config_versions.c.status == "published"
     tx.execute(update(config_versions).where(published).values(status="archived"))
-    version = Version(
-        id=new_id(), number=number, digest=digest, status="published",
-        snapshot_json=document, created_by=created_by, created_at=now,
-    )  # fmt: skip
-    tx.execute(
-        insert(config_versions).values(
-            id=version.id, number=version.number, digest=digest, status="published", snapshot_json=document,
-            created_by=created_by, created_at=now,
-        )
-    )  # fmt: skip
-    return version
+    tx.execute(update(config_versions).where(config_versions.c.id == version.id).values(status="published"))
+
+
+def forget_old(tx: Connection, kept: int) -> int:
+    """Delete all but the newest `kept` archived versions and drafts; what a node serves stays. Return how many went."""
+    numbered = config_versions.c.number.is_not(None), config_versions.c.status != "published"
+    newest = select(config_versions.c.number).where(*numbered).order_by(config_versions.c.number.desc()).limit(kept)
+    served = select(node_status.c.version_id).where(node_status.c.version_id.is_not(None))
+    old = delete(config_versions).where(
+        *numbered, config_versions.c.number.not_in(newest), config_versions.c.id.not_in(served)
+    )
+    return tx.execute(old).rowcount
+
+
+def _find(tx: Connection, condition: Any) -> Version | None:
+    row = tx.execute(select(*columns_of(Version, config_versions)).where(condition)).first()
+    return None if row is None else to_value(Version, row)

@@ -40,6 +40,10 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("config", "apply"),
     ("config", "export"),
+    ("config", "diff"),
+    ("config", "publish"),
+    ("config", "rollback"),
+    ("config", "versions"),
     ("status",),
     ("demo",),
 )
