@@ -177,8 +177,7 @@ def _publish_rows(move: _Move, *, leave_out: bool) -> Published:
         return Published(current, built.faults, refused=True)
     if current is not None and current.digest == built.snapshot.digest():
         return Published(current, built.faults, warnings=built.warnings)
-    version = _add(move, built.snapshot)
-    _publish(move, "config.published", version, current)
+    version = _publish(move, "config.published", _add(move, built.snapshot), current)
     return Published(version, built.faults, warnings=built.warnings, changed=True)
 
 
@@ -212,9 +211,9 @@ def _publish_draft(move: _Move, number: int) -> Published:
     _get_snapshot(version)
     if current is not None and current.digest == version.digest:
         return Published(current)
-    _publish(move, "config.published", version, current)
+    version = _publish(move, "config.published", version, current)
     _hold_unless_same(move, version)
-    return Published(replace(version, status="published"), changed=True)
+    return Published(version, changed=True)
 
 
 def _roll_back(move: _Move, number: int | None) -> Published:
@@ -229,7 +228,7 @@ def _roll_back(move: _Move, number: int | None) -> Published:
     if current is not None and current.digest == snapshot.digest():
         return Published(current)
     version = _add(move, snapshot, restores=target.restores or target.number)
-    _publish(move, "config.rolled_back", version, current)
+    version = _publish(move, "config.rolled_back", version, current)
     _hold_unless_same(move, version)
     return Published(version, changed=True)
 
@@ -264,9 +263,9 @@ def _add(move: _Move, snapshot: Snapshot, *, restores: int | None = None) -> Ver
     return versions.add_draft(move.tx, snapshot.document(), snapshot.digest(), move.by, move.now, restores=restores)
 
 
-def _publish(move: _Move, action: str, version: Version, current: Version | None) -> None:
-    versions.publish(move.tx, version)
+def _publish(move: _Move, action: str, version: Version, current: Version | None) -> Version:
     _audit(move, action, version, current)
+    return versions.publish(move.tx, version)
 
 
 def _hold_unless_same(move: _Move, published: VersionRow | None) -> None:

@@ -5,7 +5,7 @@ name a version by its number do not see it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -113,11 +113,12 @@ def add_draft(
     return version
 
 
-def publish(tx: Connection, version: VersionRow) -> None:
-    """Archive the published version and let this one take its place."""
+def publish(tx: Connection, version: Version) -> Version:
+    """Archive the published version, let this one take its place, and return it as it is then."""
     published = config_versions.c.status == "published"
     tx.execute(update(config_versions).where(published).values(status="archived"))
     tx.execute(update(config_versions).where(config_versions.c.id == version.id).values(status="published"))
+    return replace(version, status="published")
 
 
 def forget_old(tx: Connection, kept: int) -> int:
