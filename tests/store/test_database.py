@@ -67,6 +67,22 @@ def test_a_read_sees_one_moment(sqlite_db: Database) -> None:
     assert sqlite_db.read(lambda tx: settings_kv.find(tx, "k")) == "v"
 
 
+@pytest.mark.parametrize("act", ["read", "write"])
+def test_one_moment_can_be_asked_for(db: Database, twin: Database, act: str) -> None:
+    """On PostgreSQL too; what the connection does next sees every commit again."""
+
+    def look(tx: Connection) -> list[str | None]:
+        before = settings_kv.find(tx, "k")
+        if not db.embedded or act == "read":  # a writer on SQLite has the file for itself
+            twin.write(lambda tx: settings_kv.put(tx, "k", "v"))
+        return [before, settings_kv.find(tx, "k")]
+
+    assert getattr(db, act)(look, at_one_moment=True) == [None, None]
+    if not db.embedded:
+        twin.write(lambda tx: settings_kv.put(tx, "k", "old"))
+        assert db.read(look) == ["old", "v"]
+
+
 def test_eight_threads_write_at_once(db: Database) -> None:
     """None of them is told that the database is locked, and nothing is lost."""
     start = Barrier(8)
