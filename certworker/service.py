@@ -24,7 +24,7 @@ from certworker.node.agent import Agent
 from certworker.scheduler import Job, Timetable
 from certworker.steps.crew import POLL, Crew
 from certworker.steps.expire import expire
-from certworker.steps.publish import pass_over_changes, publish_changes
+from certworker.steps.publish import figures, pass_over_changes, publish_changes
 from certworker.steps.reap import reap
 from certworker.steps.reconcile import reconcile
 from certworker.steps.refresh_ari import refresh_ari
@@ -228,6 +228,9 @@ class Service:
 
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         return self._app.db.read(report.counts)
+
+    def publishing(self) -> Mapping[str, int]:
+        return self._app.db.read(figures)
 
     def step_errors(self) -> Mapping[str, int]:
         return dict(self._timetable.errors)

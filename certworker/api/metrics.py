@@ -26,6 +26,9 @@ class Facts(Protocol):
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         """Return rows by status: `certificates`, `policies`, `open_issuances`."""
 
+    def publishing(self) -> Mapping[str, int]:
+        """Return the published version's number (0 for none), rows `refused` and `left_out`, and whether `held`."""
+
     def step_errors(self) -> Mapping[str, int]:
         """Return how often each step failed."""
 
@@ -56,6 +59,7 @@ class FactsCollector(Collector):
             for status, count in sorted(by_status.items()):
                 family.add_metric([status], count)
             yield family
+        yield from _publishing(self._facts.publishing())
         yield _counter("certworker_step_errors", "Steps that ended with an error", "step", self._facts.step_errors())
         answers = self._facts.challenge_answers()
         yield _counter("certworker_challenge_answers", "Answers of the HTTP-01 responder", "kind", answers)
@@ -63,6 +67,19 @@ class FactsCollector(Collector):
         scanned = GaugeMetricFamily("certworker_last_scan_timestamp_seconds", "When a scan last finished")
         scanned.add_metric([], 0 if last is None else last.timestamp())
         yield scanned
+
+
+def _publishing(figures: Mapping[str, int]) -> Iterable[Metric]:
+    version = GaugeMetricFamily("certworker_published_version", "Number of the version that nodes are to serve")
+    version.add_metric([], figures["version"])
+    yield version
+    rows = GaugeMetricFamily("certworker_bad_rows", "Rows of the gateway that break a rule", labels=["effect"])
+    for effect in ("left_out", "refused"):
+        rows.add_metric([effect], figures[effect])
+    yield rows
+    held = GaugeMetricFamily("certworker_publish_held", "1 while a person's version stands against the rows")
+    held.add_metric([], figures["held"])
+    yield held
 
 
 def _counter(name: str, help_text: str, label: str, values: Mapping[str, int]) -> CounterMetricFamily:

@@ -19,7 +19,7 @@ from certworker.settings import Settings, load
 
 _COMMANDS = {
     "init": ("setup", "Make data folder, database and key-encryption key; safe to repeat."),
-    "db": ("setup", "Migrations: bring the schema up to date, check that it fits."),
+    "db": ("setup", "The database: migrations, and what follows a restore."),
     "run": ("run", "The service: scheduler, issuers, responder, API; SIGTERM drains within 30 s."),
     "renew": ("renew", "One shot: everything due, or the names given."),
     "policy": ("policy", "TLS policies: which names are wanted."),

@@ -1,5 +1,6 @@
 """`init` and `db`: from nothing to a database that fits, and from an old one to a new one."""
 
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -10,8 +11,8 @@ from certworker.cli.output import json_option, print_json
 from certworker.clock import system_clock
 from certworker.errors import SettingsError
 from certworker.settings import Settings
-from certworker.store import schema
-from certworker.store.database import open_database, schema_revision, sqlite_path
+from certworker.store import audit, counters, schema
+from certworker.store.database import Transaction, open_database, schema_revision, sqlite_path
 from certworker.store.role import WorkerRole
 
 
@@ -28,7 +29,7 @@ def init(ctx: click.Context) -> None:
 
 @click.group()
 def db() -> None:
-    """Migrations: bring the schema up to date, check that it fits."""
+    """The database: bring its schema up to date, check that it fits, say that it was restored."""
 
 
 @db.command()
@@ -66,6 +67,24 @@ def check(ctx: click.Context, as_json: bool) -> int:
     else:
         click.echo(f"schema {revision} fits" if not differences else "\n".join(differences))
     return 1 if differences else 0
+
+
+@db.command()
+@click.pass_context
+def restored(ctx: click.Context) -> None:
+    """Say that the database was restored from a backup, before the first start: nodes may know more than it does."""
+    app = wiring.open_app(settings_of(ctx))
+    try:
+        epoch = app.db.write(lambda tx: _start_over(tx, app.clock()))
+    finally:
+        app.close()
+    click.echo(f"epoch {epoch}: every node compares what it holds with this database")
+
+
+def _start_over(tx: Transaction, now: datetime) -> int:
+    epoch = counters.start_over(tx, now)
+    audit.record(tx, "database.restored", {"epoch": epoch}, now, actor=wiring.operator())
+    return epoch
 
 
 def _existing(settings: Settings) -> Path | None:

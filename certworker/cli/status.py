@@ -1,6 +1,5 @@
 """`status`: where everything stands."""
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -12,9 +11,9 @@ from certworker.cli.output import count, json_option, print_json, print_table
 from certworker.core.names import check_name
 from certworker.errors import UnknownName
 from certworker.steps.gate import incident
-from certworker.steps.publish import FAULTS, LEFT_OUT, Hold, find_hold
+from certworker.steps.publish import FAULTS, LEFT_OUT, Hold, find_hold, find_lines
 from certworker.steps.verify import missing
-from certworker.store import lineages, nodes, policies, report, settings_kv, versions
+from certworker.store import lineages, nodes, policies, report, versions
 from certworker.store.database import Transaction
 from certworker.store.lineages import LeftOut
 from certworker.wiring import App
@@ -55,7 +54,7 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
         lacking = [] if waits is None else [why for node in live if (why := missing(waits, node))]
         shown_lineages.append(_lineage(row, lacking, left_out.get(row["id"], [])))
     published = versions.find_published(tx)
-    faults, left_out_rows, hold = settings_kv.find(tx, FAULTS), settings_kv.find(tx, LEFT_OUT), find_hold(tx)
+    hold = find_hold(tx)
     return {
         "policies": [
             {"id": p.id, "names": p.domains, "mode": p.mode, "status": p.status, "paused": p.paused_at is not None,
@@ -70,8 +69,8 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
         ],
         "ca": incident(tx, app.settings.acme_directory_url, app.clock()),
         "published": None if published is None else {"id": published.id, "number": published.number},
-        "publish_faults": [] if faults is None else json.loads(faults),
-        "left_out_rows": [] if left_out_rows is None else json.loads(left_out_rows),
+        "publish_faults": find_lines(tx, FAULTS),
+        "left_out_rows": find_lines(tx, LEFT_OUT),
         "publish_hold": None if hold is None else asdict(hold),
         "truncated": max(len(found), len(rows)) >= _MOST,
     }  # fmt: skip

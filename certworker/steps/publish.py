@@ -140,6 +140,23 @@ def find_hold(tx: Connection) -> Hold | None:
     return None if text is None else Hold(**json.loads(text))
 
 
+def figures(tx: Connection) -> dict[str, int]:
+    """Return the published version's number (0 for none), how many rows were `refused` or `left_out`, and `held`."""
+    return {
+        "version": versions.published_number(tx) or 0,
+        "refused": len(find_lines(tx, FAULTS)),
+        "left_out": len(find_lines(tx, LEFT_OUT)),
+        "held": int(find_hold(tx) is not None),
+    }
+
+
+def find_lines(tx: Connection, key: str) -> list[str]:
+    """Return what is kept under FAULTS or LEFT_OUT: a line for each row."""
+    text = settings_kv.find(tx, key)
+    lines: list[str] = [] if text is None else json.loads(text)
+    return lines
+
+
 def find_snapshot(version: Version | None) -> Snapshot | None:
     """Return what a version holds; None if another program, or a release to come, wrote it in a way of its own."""
     try:

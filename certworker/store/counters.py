@@ -5,6 +5,8 @@ become visible in order, and a reader that asks for "everything after R" misses 
 the last statement before the commit.
 """
 
+from datetime import datetime
+
 from sqlalchemy import Connection, select, update
 
 from certworker.store.tables import counters
@@ -12,12 +14,24 @@ from certworker.store.tables import counters
 REVISION = "revision"
 CONFIG_VERSION = "config_version"
 EPOCH = "epoch"
+_SKIPPED = 10_000
+"""Versions; more than anybody publishes between two backups."""
 
 
 def next_value(tx: Connection, name: str, steps: int = 1) -> int:
     """Raise the counter by `steps` and return its new value."""
     raised = update(counters).where(counters.c.name == name).values(value=counters.c.value + steps)
     return int(tx.execute(raised.returning(counters.c.value)).scalar_one())
+
+
+def start_over(tx: Connection, now: datetime) -> int:
+    """Begin a new epoch, and return it: the database is an older one than nodes have seen.
+
+    By the clock, so that restoring one backup twice gives two epochs. Version numbers skip what may have been
+    given out since the backup: a proxy shows by its number that it serves a version.
+    """
+    next_value(tx, CONFIG_VERSION, _SKIPPED)
+    return next_value(tx, EPOCH, max(1, int(now.timestamp()) - value(tx, EPOCH)))
 
 
 def lock(tx: Connection, name: str) -> None:

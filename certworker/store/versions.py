@@ -43,6 +43,11 @@ def find_published(tx: Connection) -> Version | None:
     return _find(tx, config_versions.c.status == "published")
 
 
+def published_number(tx: Connection) -> int | None:
+    """Return the number of the published version, without reading what it holds."""
+    return tx.execute(select(config_versions.c.number).where(config_versions.c.status == "published")).scalar()
+
+
 def find(tx: Connection, number: int) -> Version | None:
     """Return the version of this number."""
     return _find(tx, config_versions.c.number == number)

@@ -40,6 +40,9 @@ class World:
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         return self.found
 
+    def publishing(self) -> Mapping[str, int]:
+        return {"version": 12, "refused": 0, "left_out": 3, "held": 1}
+
     def step_errors(self) -> Mapping[str, int]:
         return {"scan": 2}
 
@@ -109,6 +112,10 @@ def test_metrics_show_the_facts(get: Callable[[str], tuple[int, str]]) -> None:
     assert "certworker_issuances_in_flight 7.0" in body
     assert "certworker_ca_available 1.0" in body
     assert 'certworker_certificates{status="active"} 3.0' in body
+    assert "certworker_published_version 12.0" in body
+    assert 'certworker_bad_rows{effect="left_out"} 3.0' in body
+    assert 'certworker_bad_rows{effect="refused"} 0.0' in body
+    assert "certworker_publish_held 1.0" in body
     assert 'certworker_step_errors_total{step="scan"} 2.0' in body
     assert 'certworker_challenge_answers_total{kind="answered"} 5.0' in body
     assert f"certworker_last_scan_timestamp_seconds {NOW.timestamp():.9e}"[:40] in body

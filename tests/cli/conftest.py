@@ -23,6 +23,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("db",),
     ("db", "upgrade"),
     ("db", "check"),
+    ("db", "restored"),
     ("run",),
     ("renew",),
     ("account",),

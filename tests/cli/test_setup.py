@@ -246,6 +246,16 @@ def test_a_port_that_is_taken_is_one_clear_error(cli: Cli, monkeypatch: pytest.M
     assert cli("db", "upgrade").code == 0
 
 
+def test_a_restored_database_begins_a_new_epoch(cli: Cli) -> None:
+    """Nodes compare everything then; and no version gets a number that was given out since the backup."""
+    done = cli("db", "restored")
+
+    counters = dict(cli.sql("SELECT name, value FROM counters"))
+    assert done.out == f"epoch {counters['epoch']}: every node compares what it holds with this database\n"
+    assert counters["config_version"] == 10_000
+    assert cli.audited() == ["database.restored"]
+
+
 # -- what holds for all commands -----------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from certworker.steps.publish import (
     LEFT_OUT,
     Published,
     draft,
+    figures,
     find_hold,
     pass_over_changes,
     publish,
@@ -171,6 +172,10 @@ def test_a_bad_row(gateway: Gateway, *, leave_out: bool) -> None:
     assert [one.status for one in gateway.versions] == (["published"] if leave_out else [])
     assert "169.254.169.254" in (gateway.fact(kept) or "")
     assert gateway.fact(forgotten) is None
+    number, count = int(leave_out), {kept: 1, forgotten: 0}
+    assert gateway.db.read(figures) == {
+        "version": number, "refused": count[FAULTS], "left_out": count[LEFT_OUT], "held": 0,
+    }  # fmt: skip
     said = [row["action"] for row in gateway.audited if "faults" in row["diff"]]
     assert said == ["config.left_out" if leave_out else "config.refused"]
     gateway.look(leave_out=leave_out, always=True)

@@ -5,6 +5,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Barrier, Event
 
@@ -16,6 +17,7 @@ from certworker.errors import StoreError
 from certworker.store import counters, policies, settings_kv
 from certworker.store.database import Database, open_database, sqlite_path
 
+from .conftest import NOW
 from .given import POLICY, Program, url_of
 
 SECRET = "-----BEGIN PRIVATE KEY----- canary"
@@ -81,6 +83,19 @@ def test_one_moment_can_be_asked_for(db: Database, twin: Database, act: str) -> 
     if not db.embedded:
         twin.write(lambda tx: settings_kv.put(tx, "k", "old"))
         assert db.read(look) == ["old", "v"]
+
+
+def test_an_epoch_is_never_given_twice(db: Database) -> None:
+    """Not by restoring one backup twice, and not by a clock that stands still or was put back."""
+
+    def start_over(now: datetime, epoch: int) -> int:
+        db.write(lambda tx: tx.execute(text("UPDATE counters SET value = :e WHERE name = 'epoch'"), {"e": epoch}))
+        return db.write(lambda tx: counters.start_over(tx, now))
+
+    once = start_over(NOW, 1)
+    assert start_over(NOW + timedelta(seconds=1), 1) > once
+    assert start_over(NOW, once) == once + 1
+    assert start_over(NOW - timedelta(days=1), once) == once + 1
 
 
 def test_eight_threads_write_at_once(db: Database) -> None:

@@ -35,6 +35,7 @@ from certworker.store.tables import acme_accounts, audit_logs, node_status, poli
 from certworker.store.tables import lineages as lineage_rows
 from certworker.store.tables import workers as worker_rows
 from certworker.store.types import seconds_from_now
+from certworker.store.versions import Version
 
 from .conftest import ISSUER, NOW, add_lineage
 from .given import ACCOUNT, CERTIFICATE, INSERTS, LISTENER, POLICY, POOL, ROUTE, TARGET, VERSION, Program
@@ -603,11 +604,15 @@ def test_a_note_that_commits_late_is_found_late(postgresql_db: Database) -> None
 # -- versions -----------------------------------------------------------------------------------------
 
 
+def publish(tx: Connection, document: dict[str, Any], digest: str, created_by: str) -> Version:
+    return versions.publish(tx, versions.add_draft(tx, document, digest, created_by, NOW))
+
+
 def test_one_version_is_published(db: Database) -> None:
     """The one before is archived; numbers grow."""
     assert db.read(versions.find_published) is None
-    first = db.write(lambda tx: versions.publish(tx, {"n": 1}, "d1", "alice", NOW))
-    second = db.write(lambda tx: versions.publish(tx, {"n": 2}, "d2", "alice", NOW))
+    first = db.write(lambda tx: publish(tx, {"n": 1}, "d1", "alice"))
+    second = db.write(lambda tx: publish(tx, {"n": 2}, "d2", "alice"))
 
     assert db.read(versions.find_published) == second
     assert (first.number, second.number) == (1, 2)
@@ -618,19 +623,19 @@ def test_one_version_is_published(db: Database) -> None:
 
 def test_two_publishers_publish_one_after_the_other(postgresql_db: Database) -> None:
     """Neither fails, and the one that came second has read what the first left."""
-    postgresql_db.write(lambda tx: versions.publish(tx, {}, "d0", "alice", NOW))
+    postgresql_db.write(lambda tx: publish(tx, {}, "d0", "alice"))
     published, seen = Event(), []
 
     def first(tx: Connection) -> None:
         versions.lock(tx)
-        versions.publish(tx, {}, "d1", "alice", NOW)
+        publish(tx, {}, "d1", "alice")
         published.set()
         _await_a_waiting_session(postgresql_db)
 
     def second(tx: Connection) -> None:
         versions.lock(tx)
         seen.append(one(versions.find_published(tx)).digest)
-        versions.publish(tx, {}, "d2", "bob", NOW)
+        publish(tx, {}, "d2", "bob")
 
     def run_second() -> None:
         assert published.wait(10)
@@ -644,17 +649,17 @@ def test_two_publishers_publish_one_after_the_other(postgresql_db: Database) -> 
 
 def test_a_publisher_that_did_not_lock_first_is_held_up_too(postgresql_db: Database) -> None:
     """The number is the lock."""
-    postgresql_db.write(lambda tx: versions.publish(tx, {}, "d0", "alice", NOW))
+    postgresql_db.write(lambda tx: publish(tx, {}, "d0", "alice"))
     published = Event()
 
     def first(tx: Connection) -> None:
-        versions.publish(tx, {}, "d1", "alice", NOW)
+        publish(tx, {}, "d1", "alice")
         published.set()
         _await_a_waiting_session(postgresql_db)
 
     def second() -> None:
         assert published.wait(10)
-        postgresql_db.write(lambda tx: versions.publish(tx, {}, "d2", "bob", NOW))
+        postgresql_db.write(lambda tx: publish(tx, {}, "d2", "bob"))
 
     together(lambda: postgresql_db.write(first), second)
 
@@ -670,7 +675,7 @@ def heartbeat(node_id: str, version_id: str | None = None, **values: Any) -> Hea
 
 def test_a_heartbeat_takes_the_place_of_the_one_before(db: Database) -> None:
     """One row per node, with the database's time."""
-    version = db.write(lambda tx: versions.publish(tx, {}, "d", "alice", NOW))
+    version = db.write(lambda tx: publish(tx, {}, "d", "alice"))
     db.write(lambda tx: nodes.record(tx, heartbeat("edge-1", error="down")))
     db.write(lambda tx: nodes.record(tx, heartbeat("edge-2")))
     db.write(lambda tx: nodes.record(tx, heartbeat("edge-1", version.id, fingerprints={"c": "f"}, unserved={"d": "?"})))
