@@ -55,7 +55,7 @@ class Published:
     """What a publish came to."""
 
     version: VersionRow | None
-    """The version that is published now; of a draft, the draft."""
+    """The version that is published now; of a draft, the draft. None if there was nothing to do it with."""
     faults: tuple[Fault, ...] = ()
     """Rows that break a rule: without them it was published, or because of them it was not."""
     refused: bool = False
@@ -100,7 +100,14 @@ def publish_changes(
     """The same by itself, if something was noted since (or `always`) and no hold is on; None if nothing was."""
     if not always and not db.read(lambda tx: changes.pending(tx, changes.GATEWAY)):
         return None
-    return _carry_out(db, clock, defaults, audit.WORKER, lambda move: _publish_unless_held(move, leave_out=leave_out))
+
+    def act(move: _Move) -> Published:
+        # Every worker saw the note; whoever had the lock first has taken it, and need not be done after.
+        if always or changes.pending(move.tx, changes.GATEWAY):
+            return _publish_unless_held(move, leave_out=leave_out)
+        return Published(None)
+
+    return _carry_out(db, clock, defaults, audit.WORKER, act)
 
 
 def pass_over_changes(db: Database) -> None:
@@ -157,7 +164,7 @@ def find_lines(tx: Connection, key: str) -> list[str]:
     return lines
 
 
-def find_snapshot(version: Version | None) -> Snapshot | None:
+def _find_snapshot(version: Version | None) -> Snapshot | None:
     """Return what a version holds; None if another program, or a release to come, wrote it in a way of its own."""
     try:
         return None if version is None else read_snapshot(version.snapshot_json)
@@ -192,9 +199,10 @@ def _publish_rows(move: _Move, *, leave_out: bool) -> Published:
     _keep_faults(move, built, leave_out=leave_out)
     if built.faults and not leave_out:
         return Published(current, built.faults, refused=True)
-    if current is not None and current.digest == built.snapshot.digest():
+    digest = built.snapshot.digest()
+    if current is not None and current.digest == digest:
         return Published(current, built.faults, warnings=built.warnings)
-    version = _publish(move, "config.published", _add(move, built.snapshot), current)
+    version = _publish(move, "config.published", _add(move, built.snapshot, digest), built.snapshot, current)
     return Published(version, built.faults, warnings=built.warnings, changed=True)
 
 
@@ -206,11 +214,12 @@ def _draft_rows(move: _Move, *, leave_out: bool) -> Published:
     current, newest = versions.find_published(move.tx), versions.find_newest_draft(move.tx)
     if built.faults and not leave_out:
         return Published(current, built.faults, refused=True)
+    digest = built.snapshot.digest()
     for same in (current, newest):
-        if same is not None and same.digest == built.snapshot.digest():
+        if same is not None and same.digest == digest:
             return Published(same, built.faults, warnings=built.warnings)
-    version = _add(move, built.snapshot)
-    _audit(move, "config.drafted", version, current)
+    version = _add(move, built.snapshot, digest)
+    _audit(move, "config.drafted", version, built.snapshot, current)
     return Published(version, built.faults, warnings=built.warnings, changed=True)
 
 
@@ -225,10 +234,10 @@ def _publish_draft(move: _Move, number: int) -> Published:
             f"version {number}: version {current.number} was published after this draft was made, and would be undone; "
             f"look at `certworker config diff published {number}`, and make a new draft"
         )
-    _get_snapshot(version)
+    snapshot = _get_snapshot(version)
     if current is not None and current.digest == version.digest:
         return Published(current)
-    version = _publish(move, "config.published", version, current)
+    version = _publish(move, "config.published", version, snapshot, current)
     _hold_unless_same(move, version)
     return Published(version, changed=True)
 
@@ -242,10 +251,11 @@ def _roll_back(move: _Move, number: int | None) -> Published:
             f"{target.number}` publishes it"
         )
     snapshot = _get_snapshot(target).model_copy(update={"responders": read_responders(move.defaults)})
-    if current is not None and current.digest == snapshot.digest():
+    digest = snapshot.digest()
+    if current is not None and current.digest == digest:
         return Published(current)
-    version = _add(move, snapshot, restores=target.restores or target.number)
-    version = _publish(move, "config.rolled_back", version, current)
+    version = _add(move, snapshot, digest, restores=target.restores or target.number)
+    version = _publish(move, "config.rolled_back", version, snapshot, current)
     _hold_unless_same(move, version)
     return Published(version, changed=True)
 
@@ -276,12 +286,12 @@ def _get_snapshot(version: Version) -> Snapshot:
         raise InputError(f"version {version.number}: this release cannot serve it: {error}") from None
 
 
-def _add(move: _Move, snapshot: Snapshot, *, restores: int | None = None) -> Version:
-    return versions.add_draft(move.tx, snapshot.document(), snapshot.digest(), move.by, move.now, restores=restores)
+def _add(move: _Move, snapshot: Snapshot, digest: str, *, restores: int | None = None) -> Version:
+    return versions.add_draft(move.tx, snapshot.document(), digest, move.by, move.now, restores=restores)
 
 
-def _publish(move: _Move, action: str, version: Version, current: Version | None) -> Version:
-    _audit(move, action, version, current)
+def _publish(move: _Move, action: str, version: Version, snapshot: Snapshot, current: Version | None) -> Version:
+    _audit(move, action, version, snapshot, current)
     return versions.publish(move.tx, version)
 
 
@@ -312,8 +322,8 @@ def _keep_faults(move: _Move, built: Built, *, leave_out: bool) -> None:
         _record(move, action, {}, "faults", lines)
 
 
-def _audit(move: _Move, action: str, version: Version, current: Version | None) -> None:
-    listed = [change.document() for change in compare(find_snapshot(current), find_snapshot(version))]
+def _audit(move: _Move, action: str, version: Version, snapshot: Snapshot, current: Version | None) -> None:
+    listed = [change.document() for change in compare(_find_snapshot(current), snapshot)]
     before = None if current is None else current.number
     diff = {"table": "config_versions", "id": version.id, "before": before, "after": version.number}
     if version.restores is not None:
