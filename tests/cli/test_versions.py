@@ -239,3 +239,31 @@ def test_a_service_lets_a_roll_back_stand(cli: Cli, apply: Callable[[int], None]
         service.terminate()
         assert service.wait(30) == 0
     assert cli("config", "publish").out == "version 4 is published\n"
+
+
+@pytest.mark.parametrize(("policy", "published"), [("refuse", []), ("leave_out", ["published"])])
+def test_a_service_follows_the_policy_for_bad_rows(
+    cli: Cli, bad_row: str, monkeypatch: pytest.MonkeyPatch, policy: str, published: list[str]
+) -> None:
+    """Nothing is published, or everything else; either way the audit log has the row, in certworker's own name."""
+    monkeypatch.setenv("CERTWORKER_ON_BAD_ROW", policy)
+    cli.start_service()
+
+    assert [one["status"] for one in cli("config", "versions", "--json").json] == published
+    action = "config.left_out" if published else "config.refused"
+    ((actor, said),) = cli.sql("SELECT actor, diff FROM audit_logs WHERE action = ?", action)
+    assert actor == "certworker"
+    assert bad_row in said
+
+
+def test_a_service_may_publish_nothing_by_itself(
+    cli: Cli, apply: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AUTO_PUBLISH=off a person does, and the notes of changes do not pile up."""
+    monkeypatch.setenv("CERTWORKER_AUTO_PUBLISH", "off")
+    apply(1)
+    cli.start_service()
+    until(lambda: cli.sql("SELECT count(*) FROM changes WHERE topic = 'gateway'") == [(0,)])
+
+    assert cli("config", "versions", "--json").json == []
+    assert cli("config", "publish").out == "version 1 is published\n"
