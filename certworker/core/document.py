@@ -102,8 +102,9 @@ def complete(document: Mapping[Any, object], held: Tables, new_id: Callable[[], 
         if name not in document:
             continue
         rows = [_read_row(name, number, row) for number, row in enumerate(_rows_of(document, name), 1)]
+        meant = {target: _by_reference(tables.get(target, held.get(target, []))) for target in shape.refers.values()}
         for number, row in enumerate(rows, 1):
-            _resolve(name, number, row, {**held, **tables})
+            _resolve(name, number, row, meant)
             if name == "tls_policies":
                 _check_domains(number, row, private_ca)
         _identify(name, shape, rows, held.get(name, []), new_id)
@@ -197,14 +198,23 @@ def _check_id(where: str, column: str, value: str) -> None:
         raise InputError(f"{where}: {column} {show(value)}: must be a UUID in lower case with dashes")
 
 
-def _resolve(name: str, number: int, row: Row, known: Tables) -> None:
+def _by_reference(rows: list[Row]) -> Mapping[str, list[str]]:
+    """Return the ids of the rows that a reference may mean, by what it says: an id or a name."""
+    meant: dict[str, list[str]] = {}
+    for row in rows:
+        for word in {row["id"], row.get("name")}:
+            meant.setdefault(word, []).append(row["id"])
+    return meant
+
+
+def _resolve(name: str, number: int, row: Row, meant: Mapping[str, Mapping[str, list[str]]]) -> None:
     """Replace names of other rows by their ids."""
     for column, table in _SHAPES[name].refers.items():
-        named = [other for other in known.get(table, []) if row[column] in (other["id"], other.get("name"))]
+        named = meant[table].get(row[column], [])
         if len(named) != 1:
             trouble = "there is none" if not named else f"{len(named)} have this name, give an id"
             raise InputError(f"{name} {number}: {column} {show(row[column])}: must name one of {table}; {trouble}")
-        row[column] = named[0]["id"]
+        row[column] = named[0]
 
 
 def _check_left_alone(tables: Tables, held: Tables) -> None:

@@ -301,7 +301,7 @@ def _hold_unless_same(move: _Move, published: VersionRow | None) -> None:
     if published is None or build(gateway.read(move.tx), move.defaults).snapshot.digest() == published.digest:
         settings_kv.forget(move.tx, HOLD)
     elif held is None or held.number != published.number:
-        hold = {"number": published.number, "by": move.by, "at": move.now.isoformat()}
+        hold = {"number": published.number, "by": move.by, "at": move.now.isoformat(timespec="seconds")}
         settings_kv.put(move.tx, HOLD, json.dumps(hold))
 
 

@@ -74,8 +74,10 @@ def replace(tx: Connection, document: Mapping[str, list[dict[str, Any]]], now: d
             changed[table.name] += tx.execute(delete(table).where(table.c.id == row_id)).rowcount
     for table in (table for table in APPLIED if table in wanted):
         _vacate(tx, table, wanted[table], held[table])
-        for row_id, row in wanted[table].items():
-            changed[table.name] += _put(tx, table, row, held[table].get(row_id), now)
+        changed[table.name] += _update(tx, table, wanted[table], held[table], now)
+        changed[table.name] += _insert(
+            tx, table, [wanted[table][i] for i in wanted[table] if i not in held[table]], now
+        )
     return changed
 
 
@@ -93,12 +95,17 @@ def _vacate(tx: Connection, table: Table, wanted: dict[str, dict[str, Any]], hel
         tx.execute(update(table).where(table.c.id == row_id).values(**nobodys))
 
 
-def _put(tx: Connection, table: Table, row: dict[str, Any], held: dict[str, Any] | None, now: datetime) -> int:
-    if held is None:
-        extra = {"status": "pending"} if table is tls_policies else {}
-        tx.execute(insert(table).values(created_at=now, updated_at=now, **extra, **row))
-        return 1
-    if held == row:
-        return 0
-    tx.execute(update(table).where(table.c.id == row["id"]).values(updated_at=now, **row))
-    return 1
+def _update(
+    tx: Connection, table: Table, wanted: dict[str, dict[str, Any]], held: dict[str, dict[str, Any]], now: datetime
+) -> int:
+    unlike = [row for row_id, row in wanted.items() if row_id in held and held[row_id] != row]
+    for row in unlike:
+        tx.execute(update(table).where(table.c.id == row["id"]).values(updated_at=now, **row))
+    return len(unlike)
+
+
+def _insert(tx: Connection, table: Table, rows: list[dict[str, Any]], now: datetime) -> int:
+    ours = {"created_at": now, "updated_at": now, **({"status": "pending"} if table is tls_policies else {})}
+    if rows:
+        tx.execute(insert(table), [{**ours, **row} for row in rows])  # one statement: there may be tens of thousands
+    return len(rows)
