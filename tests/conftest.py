@@ -206,6 +206,12 @@ def haproxy_bin() -> str:
     return shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or missing("haproxy")
 
 
+@pytest.fixture(scope="session")
+def nginx_bin() -> str:
+    """The path of nginx."""
+    return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or missing("nginx")
+
+
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """Give a loopback port that is free now."""

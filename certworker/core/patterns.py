@@ -37,6 +37,12 @@ def check_regex(value: str) -> str:
     return value
 
 
+def replace_end(value: str, assertion: str) -> str:
+    """Return a checked regex with `assertion` in place of each `$` that means the end of the text."""
+    texts = (token[0] for token in _TOKEN.finditer(value))
+    return "".join(assertion if text == "$" else text for text in texts)
+
+
 def _tokens(value: str) -> list[str]:
     kinds: list[str] = []
     at = 0

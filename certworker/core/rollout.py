@@ -49,7 +49,11 @@ class CertificateChanges:
     removed: frozenset[str] = frozenset()
     """Ids of certificates to be served no longer."""
     complete: bool = False
-    """True if `changed` is all there is, so that whatever it does not name is gone."""
+    """True if `changed` and `thumbprints` are all there is, so that whatever they do not name is gone."""
+    thumbprints: Mapping[str, str] = field(default_factory=dict)
+    """DNS name -> thumbprint of the account key (RFC 7638) that challenges for it are answered with."""
+    removed_hosts: frozenset[str] = frozenset()
+    """DNS names whose challenges are answered no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +65,16 @@ class Heartbeat:
     """The config version *proved to be served*, never just the one fetched."""
     version_number: int | None
     cursor: Cursor
-    """Every certificate up to here was proved to be served by a TLS handshake, or is named in `unserved`."""
+    """Every certificate up to here was proved to be served by a TLS handshake, or is named in `unserved`; every
+    thumbprint by an answered request, or is named in `unanswered`."""
     proxy: str
     """For example `haproxy 2.6.12`."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Certificate id -> SHA-256 of the leaf that the proxy presented, for what changed lately."""
     unserved: Mapping[str, str] = field(default_factory=dict)
     """Certificate id -> why the proxy does not present it."""
+    unanswered: Mapping[str, str] = field(default_factory=dict)
+    """DNS name -> why a challenge for it is not answered with its thumbprint."""
     warnings: tuple[str, ...] = ()
     """What the proxy's own check remarked on the served version."""
     error: str | None = None

@@ -6,23 +6,39 @@ the agent starts anew, when somebody may have made room for it).
 """
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from certworker.core.rollout import CertificateChanges, Heartbeat
+from certworker.core.snapshot import check_host
 from certworker.errors import CheckRefused, CommandRefused, NodeError, PairRefused
-from certworker.node.apply import Proxy, expect, plan_lists, stage_version, switch_version
+from certworker.node.apply import Proxy, challenge_ports, expect, plan_lists, stage_version, switch_version
 from certworker.node.control import PublishedVersion, Source
 from certworker.node.folder import Folder
 from certworker.node.pairs import render_pair
 from certworker.node.patience import Patience
-from certworker.node.probe import SAMPLE, SETTLE_LIMIT, Expectation, Probe, probe_tls, prove
+from certworker.node.probe import (
+    SAMPLE,
+    SETTLE_LIMIT,
+    Expectation,
+    ExpectedAnswer,
+    Probe,
+    probe_tls,
+    prove,
+    prove_answers,
+)
 from certworker.node.state import HeldCertificate, Lists, State, load_state, save_state
 
 HOT_LIMIT = 500
 """Above that many changed lines one reload is cheaper than as many commands."""
+
+_THUMBPRINT = re.compile(r"[A-Za-z0-9_-]{43}")
+"""A SHA-256 in base64url (RFC 8555 §8.1)."""
+_NOT_RUNNING = "the proxy does not run"
 
 
 class Agent:
@@ -97,7 +113,7 @@ class Agent:
         version = self._state.version
         if version is None:
             return
-        differs = not self._settled and self._restore_files(version)
+        differs = (not self._settled or self._proxy.is_outdated()) and self._restore_files(version)
         if not self._proxy.running():
             self._proxy.start()
         elif differs or self._proxy.served_number() != version.number:
@@ -111,7 +127,7 @@ class Agent:
         if not kept:
             self._folder.write_version(version.folder_name, rendered)
         self._folder.point_at(version.folder_name)
-        lists = plan_lists(version, self._state.held)
+        lists = plan_lists(self._state)
         self._proxy.write_lists(lists)
         return not kept or not self._proxy.serves(lists)
 
@@ -119,7 +135,8 @@ class Agent:
         """Serve what changed, prove it, and only then move the cursor."""
         wanted = self._serve(self._merge(changes))
         fresh = {name for name, one in wanted.held.items() if one != self._state.held.get(name)}
-        self._keep(self._prove(wanted, fresh))
+        new_rows = dict(wanted.thumbprints.items() - self._state.thumbprints.items())
+        self._keep(self._prove_answers(self._prove(wanted, fresh), new_rows.keys()))
 
     def _merge(self, changes: CertificateChanges) -> State:
         """Return the state with the changes in it; a pair that is refused leaves the one before it."""
@@ -127,6 +144,7 @@ class Agent:
         for one in changes.changed:
             try:
                 file = self._folder.write_certificate(render_pair(one))
+                self._proxy.check_pair(file)
             except PairRefused as refusal:
                 refused[one.id] = str(refusal)
                 continue
@@ -141,12 +159,12 @@ class Agent:
         for name in gone:
             held.pop(name, None)
             refused.pop(name, None)
-        return replace(self._state, cursor=changes.cursor, held=held, refused=refused, unproved=unproved)
+        merged = replace(self._state, cursor=changes.cursor, held=held, refused=refused, unproved=unproved)
+        return _merge_thumbprints(merged, changes)
 
     def _serve(self, wanted: State) -> State:
-        """Bring the crt-lists, on disk and in the running proxy, to what `wanted` says."""
-        before = plan_lists(self._state.version, self._state.held)
-        after = plan_lists(wanted.version, wanted.held)
+        """Bring the lists, on disk and in the running proxy, to what `wanted` says."""
+        before, after = plan_lists(self._state), plan_lists(wanted)
         if before == after:
             return wanted
         self._proxy.write_lists(after)
@@ -159,8 +177,8 @@ class Agent:
         return wanted
 
     def _swap(self, before: Lists, after: Lists) -> None:
-        if sum(len(lines ^ before.get(name, frozenset())) for name, lines in after.items()) > HOT_LIMIT:
-            raise CommandRefused("too many certificates changed at once")
+        if before.changes_to(after) > HOT_LIMIT:
+            raise CommandRefused("too many lines changed at once")
         self._proxy.swap(before, after)
 
     def _serve_by_reload(self, wanted: State, before: Lists) -> State:
@@ -173,12 +191,12 @@ class Agent:
         return wanted
 
     def _screen(self, wanted: State, version: Path) -> State:
-        """Write the crt-lists for `version` without the certificates that the proxy itself refuses.
+        """Write the lists for `version` without the certificates that the proxy itself refuses.
 
         One customer's weak key must not keep a node from starting.
         """
         while True:
-            self._proxy.write_lists(plan_lists(wanted.version, wanted.held))
+            self._proxy.write_lists(plan_lists(wanted))
             try:
                 self._warnings = self._proxy.check(version)
             except CheckRefused as refusal:
@@ -201,7 +219,7 @@ class Agent:
         """Return the state with what handshakes said about `fresh` and about what was not proved before."""
         fresh = set(fresh)
         if not self._settled:
-            return replace(state, unproved={**state.unproved, **dict.fromkeys(fresh, "the proxy does not run")})
+            return replace(state, unproved={**state.unproved, **dict.fromkeys(fresh, _NOT_RUNNING)})
         doubtful = fresh | state.unproved.keys()
         expected = expect(state.version, state.held, doubtful) if doubtful else []
         if not expected:
@@ -214,6 +232,19 @@ class Agent:
             faults = self._ask(expected, SETTLE_LIMIT)
         self._proved |= {one.certificate_id: one.fingerprint for one in expected if one.certificate_id not in faults}
         return replace(state, unproved=faults)
+
+    def _prove_answers(self, state: State, fresh: AbstractSet[str]) -> State:
+        """Return the state with what was answered to challenges for `fresh` and for what was not proved before."""
+        names = state.thumbprints.keys() & (fresh | state.unanswered.keys())
+        refused = {name: why for name, why in state.unanswered.items() if name not in state.thumbprints}
+        ports = challenge_ports(state.version)
+        if not ports or not self._settled:
+            why = "no http listener that is served answers challenges by itself" if self._settled else _NOT_RUNNING
+            return replace(state, unanswered=refused | dict.fromkeys(names, why))
+        expected = [ExpectedAnswer(port, name, state.thumbprints[name]) for port in ports for name in sorted(names)]
+        limit = SETTLE_LIMIT if fresh else timedelta()
+        faults = prove_answers(expected, self._patience, self._chance, limit)
+        return replace(state, unanswered={**refused, **faults})
 
     def _ask(self, expected: Sequence[Expectation], limit: timedelta) -> Mapping[str, str]:
         return prove(expected, self._probe, self._patience, self._chance, limit)
@@ -239,7 +270,8 @@ class Agent:
         wanted = self._screen(replace(self._state, version=published), staged)
         switch_version(self._folder, self._proxy, published, old, lambda: self._verify(wanted))
         self._settled = True
-        return self._prove(wanted, wanted.held.keys() - self._shown(self._state))
+        proved = self._prove(wanted, wanted.held.keys() - self._shown(self._state))
+        return self._prove_answers(proved, wanted.thumbprints.keys())
 
     def _verify(self, wanted: State) -> None:
         """Raise `NodeError` if a sample of the certificates, as far as they were proved, is not shown."""
@@ -262,11 +294,10 @@ class Agent:
     def _collect(self) -> None:
         """Remove the files that nothing refers to."""
         version = self._state.version
-        lists = plan_lists(version, self._state.held)
         self._folder.collect(
             {
                 self._folder.certs: {one.file.rpartition("/")[2] for one in self._state.held.values()},
-                self._folder.lists: {f"{policy_id or 'all'}.list" for policy_id in lists},
+                self._folder.lists: self._proxy.list_names(plan_lists(self._state)),
                 self._folder.versions: set() if version is None else {version.folder_name},
             }
         )
@@ -285,6 +316,7 @@ class Agent:
             proxy=self._proxy_name,
             fingerprints=dict(self._proved),
             unserved=self._unserved(served),
+            unanswered=dict(self._state.unanswered),
             warnings=self._warnings,
             error=troubles[0] if troubles else None,
         )
@@ -294,3 +326,27 @@ class Agent:
         listed = {one.certificate_id for one in expect(served, held, held)}
         nowhere = {name: "no https listener that is served answers its names" for name in held if name not in listed}
         return {**nowhere, **self._state.unproved, **self._state.refused}
+
+
+def _merge_thumbprints(state: State, changes: CertificateChanges) -> State:
+    """Return the state with the changed rows in it; a row that no proxy can be given is left out and named."""
+    gone = changes.removed_hosts
+    if changes.complete:
+        gone |= (state.thumbprints.keys() | state.unanswered.keys()) - changes.thumbprints.keys()
+    bad = {name: why for name, value in changes.thumbprints.items() if (why := _find_row_fault(name, value))}
+    rows = {**state.thumbprints, **changes.thumbprints}
+    return replace(
+        state,
+        thumbprints={name: value for name, value in rows.items() if name not in gone | bad.keys()},
+        unanswered={name: why for name, why in state.unanswered.items() if name not in gone} | bad,
+    )
+
+
+def _find_row_fault(name: str, thumbprint: str) -> str | None:
+    try:
+        as_written = check_host(name) == name and "*" not in name
+    except ValueError:
+        as_written = False
+    if not as_written:
+        return "no name in A-labels and lower case"
+    return None if _THUMBPRINT.fullmatch(thumbprint) else "no thumbprint of an account key"

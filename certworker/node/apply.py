@@ -11,44 +11,81 @@ from pathlib import Path
 from typing import Protocol
 
 from certworker.core.rollout import assign_names
-from certworker.core.snapshot import Snapshot
+from certworker.core.snapshot import Listener, Snapshot
 from certworker.errors import NodeError, VersionRefused
 from certworker.node.control import PublishedVersion
 from certworker.node.folder import Folder
 from certworker.node.probe import Expectation
-from certworker.node.state import Held, Lists
-from certworker.render.files import RenderedFiles
-from certworker.render.haproxy import CrtLine
+from certworker.node.state import Held, Lists, State
+from certworker.render.files import RenderedFiles, ServedFile
 
 
 class Proxy(Protocol):
     """What an agent needs of a proxy, whichever it is."""
 
-    def describe(self) -> str: ...
-    def render(self, snapshot: Snapshot, number: int) -> RenderedFiles: ...
-    def write_lists(self, lists: Lists) -> None: ...
-    def check(self, version: Path) -> tuple[str, ...]: ...
+    def describe(self) -> str:
+        """Return its name and version."""
+
+    def render(self, snapshot: Snapshot, number: int) -> RenderedFiles:
+        """Print a version for this machine."""
+
+    def is_outdated(self) -> bool:
+        """Say whether `render` would print the served version otherwise now than when it was taken over."""
+
+    def write_lists(self, lists: Lists) -> None:
+        """Write the files beside the version that the next check, start or reload reads."""
+
+    def list_names(self, lists: Lists) -> frozenset[str]:
+        """Return the names of these files."""
+
+    def check_pair(self, file: str) -> None:
+        """Raise `PairRefused` for a certificate's file, unless `check` will look at it."""
+
+    def check(self, version: Path) -> tuple[str, ...]:
+        """Return the proxy's own remarks on a version's folder, or raise `CheckRefused`."""
+
     def running(self) -> bool: ...
     def start(self) -> None: ...
     def reload(self) -> None: ...
     def stop(self) -> None: ...
-    def served_number(self) -> int | None: ...
-    def serves(self, lists: Lists) -> bool: ...
-    def swap(self, before: Lists, after: Lists) -> None: ...
+
+    def served_number(self) -> int | None:
+        """Return the number of the version that the running proxy has taken over."""
+
+    def serves(self, lists: Lists) -> bool:
+        """Say whether the running proxy has exactly these lists."""
+
+    def swap(self, before: Lists, after: Lists) -> None:
+        """Take over lists without a reload, or raise `CommandRefused`."""
+
     def tidy(self) -> None: ...
 
 
-def plan_lists(version: PublishedVersion | None, held: Held) -> Lists:
-    """Return which certificate answers which names, for each kind of https listener of `version`."""
-    if version is None:
-        return {}
-    policies = {row.tls_policy_id for row in version.snapshot.listeners if row.protocol == "https"}
-    return {policy_id: _lines(held, policy_id) for policy_id in policies}
+def plan_lists(state: State) -> Lists:
+    """Return what the listeners of the state's version need to know of its certificates and thumbprints."""
+    if state.version is None:
+        return Lists()
+    listeners = state.version.snapshot.listeners
+    policies = {row.tls_policy_id for row in listeners if row.protocol == "https"}
+    stateless = any(_answers_challenges(row) for row in listeners)
+    return Lists(
+        {policy_id: _lines(state.held, policy_id) for policy_id in policies}, state.thumbprints if stateless else None
+    )
 
 
-def _lines(held: Held, policy_id: str | None) -> frozenset[CrtLine]:
+def _lines(held: Held, policy_id: str | None) -> frozenset[ServedFile]:
     assigned = assign_names(held.values(), policy_id)
-    return frozenset(CrtLine(held[certificate_id].file, names) for certificate_id, names in assigned.items())
+    return frozenset(ServedFile(held[certificate_id].file, names) for certificate_id, names in assigned.items())
+
+
+def _answers_challenges(listener: Listener) -> bool:
+    return listener.challenge == "stateless" and not listener.passes_bytes
+
+
+def challenge_ports(version: PublishedVersion | None) -> list[int]:
+    """Return the ports of the http listeners that answer challenges by themselves."""
+    listeners = () if version is None else version.snapshot.listeners
+    return [row.port for row in listeners if row.protocol == "http" and _answers_challenges(row)]
 
 
 def expect(version: PublishedVersion | None, held: Held, only: Iterable[str]) -> list[Expectation]:

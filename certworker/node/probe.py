@@ -1,23 +1,27 @@
-"""Proof by handshake: what a client of the local proxy is really shown.
+"""Proof: what a client of the local proxy is really shown, and what a CA that asks it would be told.
 
 Every handshake has a fresh context: a resumed session would show the certificate of the first one.
 """
 
 import hashlib
+import http.client
 import random
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 from certworker.node.patience import Patience
+from certworker.render.files import CHALLENGE_PATH
 
 ROUNDS = 3
 """One good answer may come from a worker that is about to leave."""
 SAMPLE = 20
 """How many of many are asked again in the rounds after the first."""
 HANDSHAKE_LIMIT = timedelta(seconds=3)
+_MAX_ANSWER = 1024
 SETTLE_LIMIT = timedelta(seconds=5)
 """How long a wrong answer may still become a right one."""
 
@@ -42,7 +46,17 @@ class Expectation:
     fingerprint: str
 
 
+@dataclass(frozen=True, slots=True)
+class ExpectedAnswer:
+    """What a listener has to answer to any challenge for a name."""
+
+    port: int
+    dns_name: str
+    thumbprint: str
+
+
 Probe = Callable[[int, str], Seen]
+T = TypeVar("T")
 
 
 def probe_tls(port: int, dns_name: str, limit: timedelta = HANDSHAKE_LIMIT) -> Seen:
@@ -71,33 +85,68 @@ def prove(
     limit: timedelta = SETTLE_LIMIT,
 ) -> Mapping[str, str]:
     """Return, by certificate id, why it is not shown everywhere it has to be; empty if all is well."""
-    faults = _ask_until_right(expected, probe, patience, limit)
+
+    def find_fault(one: Expectation) -> str | None:
+        seen = probe(one.port, one.dns_name)
+        if seen.fingerprint == one.fingerprint:
+            return None
+        return f"port {one.port} shows {seen.fault or f'leaf {seen.fingerprint}'} for {one.dns_name}"
+
+    faulty = _ask_until_right(expected, find_fault, patience, limit)
     for _ in range(ROUNDS - 1):
-        again = chance.sample(expected, min(SAMPLE, len(expected)))
-        faults |= _ask(again, probe)
-    return faults
+        faulty |= _ask(chance.sample(expected, min(SAMPLE, len(expected))), find_fault)
+    return {one.certificate_id: fault for one, fault in faulty.items()}
+
+
+def prove_answers(
+    expected: Sequence[ExpectedAnswer], patience: Patience, chance: random.Random, limit: timedelta = SETTLE_LIMIT
+) -> Mapping[str, str]:
+    """Return, by DNS name, why challenges for it are not answered as they have to be; empty if all is well.
+
+    All rows of the map come and go together, so of many a sample is asked, and all only if one of it is wrong.
+    """
+
+    def find_fault(one: ExpectedAnswer) -> str | None:
+        token = f"{chance.getrandbits(256):064x}"
+        answer = ask_challenge(one.port, one.dns_name, token)
+        if answer == f"{token}.{one.thumbprint}":
+            return None
+        return f"port {one.port} answers a challenge for {one.dns_name} with {answer[:100]!r}"
+
+    faulty = _ask_until_right(chance.sample(expected, min(SAMPLE, len(expected))), find_fault, patience, limit)
+    if faulty:
+        faulty = _ask(expected, find_fault)
+    return {one.dns_name: fault for one, fault in faulty.items()}
+
+
+def ask_challenge(port: int, dns_name: str, token: str, limit: timedelta = HANDSHAKE_LIMIT) -> str:
+    """Return what the local listener on `port` answers to a challenge for `dns_name`, or what went wrong."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=limit.total_seconds())
+    try:
+        connection.request("GET", CHALLENGE_PATH + token, headers={"Host": dns_name, "Connection": "close"})
+        answer = connection.getresponse()
+        body = answer.read(_MAX_ANSWER).decode("ascii", "replace")
+    except (OSError, http.client.HTTPException) as failed:
+        return str(failed) or type(failed).__name__
+    finally:
+        connection.close()
+    return body if answer.status == http.HTTPStatus.OK else f"status {answer.status}"
 
 
 def _ask_until_right(
-    expected: Sequence[Expectation], probe: Probe, patience: Patience, limit: timedelta
-) -> dict[str, str]:
-    faults: dict[str, str] = {}
+    expected: Sequence[T], find_fault: Callable[[T], str | None], patience: Patience, limit: timedelta
+) -> dict[T, str]:
+    faulty: dict[T, str] = {}
 
     def all_right() -> bool:
-        wrong = [one for one in expected if one.certificate_id in faults] if faults else expected
-        faults.clear()
-        faults.update(_ask(wrong, probe))
-        return not faults
+        wrong = list(faulty) or expected
+        faulty.clear()
+        faulty.update(_ask(wrong, find_fault))
+        return not faulty
 
     patience.until(all_right, limit)
-    return faults
+    return faulty
 
 
-def _ask(expected: Iterable[Expectation], probe: Probe) -> dict[str, str]:
-    faults = {}
-    for one in expected:
-        seen = probe(one.port, one.dns_name)
-        if seen.fingerprint != one.fingerprint:
-            shown = seen.fault or f"leaf {seen.fingerprint}"
-            faults[one.certificate_id] = f"port {one.port} shows {shown} for {one.dns_name}"
-    return faults
+def _ask(expected: Iterable[T], find_fault: Callable[[T], str | None]) -> dict[T, str]:
+    return {one: fault for one in expected if (fault := find_fault(one)) is not None}

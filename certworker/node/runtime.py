@@ -3,17 +3,18 @@
 Over the admin socket certificates change without a reload. HAProxy keeps that in memory only, so
 the files are written first: a reload, whenever it comes, leads to the same state.
 
-Sources: HAProxy 2.6 management guide §9.3 (`new|set|commit|del ssl cert`, `add|del ssl crt-list`)
-and §9.4 (the master's socket).
+Sources: HAProxy 2.6 management guide §9.3 (`new|set|commit|del ssl cert`, `add|del ssl crt-list`,
+`add|set|del map`) and §9.4 (the master's socket).
 """
 
 import re
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
 from certworker.errors import CommandRefused
-from certworker.render.haproxy import CrtLine
+from certworker.render.files import ServedFile
 
 ANSWER_LIMIT = timedelta(seconds=10)
 
@@ -66,7 +67,7 @@ class RuntimeSocket:
         """Forget `file`, which no crt-list may name any more."""
         self._tell(f"del ssl cert {file}", "deleted!")
 
-    def add_line(self, crt_list: str, line: CrtLine) -> None:
+    def add_line(self, crt_list: str, line: ServedFile) -> None:
         """Let a loaded certificate answer the line's names from the next handshake on."""
         self._tell(f"add ssl crt-list {crt_list}", "Success!", f"{line.file} {' '.join(line.dns_names)}")
 
@@ -74,7 +75,25 @@ class RuntimeSocket:
         """Take a certificate's only line out of a crt-list."""
         self._tell(f"del ssl crt-list {crt_list} {file}", "deleted")
 
-    def list_lines(self, crt_list: str) -> frozenset[CrtLine]:
+    def list_lines(self, crt_list: str) -> frozenset[ServedFile]:
         """Return the lines of a crt-list as the running process has them."""
         rows = (row.split() for row in self.ask(f"show ssl crt-list {crt_list}").splitlines())
-        return frozenset(CrtLine(row[0], tuple(row[1:])) for row in rows if row and row[0] != "#")
+        return frozenset(ServedFile(row[0], tuple(row[1:])) for row in rows if row and row[0] != "#")
+
+    def change_rows(self, path: str, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+        """Bring a map of the running process from one content to another."""
+        for key in sorted(before.keys() - after.keys()):
+            self._tell_map(f"del map {path} {key}")
+        for key, value in sorted(after.items() - before.items()):
+            verb = "set" if key in before else "add"
+            self._tell_map(f"{verb} map {path} {key} {value}")
+
+    def _tell_map(self, command: str) -> None:
+        # Success says nothing.
+        if answer := self.ask(command):
+            raise CommandRefused(f"haproxy command {command!r}: {' '.join(answer.split())[:300]}")
+
+    def list_rows(self, path: str) -> Mapping[str, str] | None:
+        """Return the rows of a map as the running process has them, None if it does not know the map."""
+        rows = [row.split() for row in self.ask(f"show map {path}").splitlines()]
+        return {row[1]: row[2] for row in rows} if all(len(row) == 3 for row in rows) else None

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from certworker.core.rollout import Cursor
 from certworker.node.control import PublishedVersion
 from certworker.node.folder import Folder, write_file
-from certworker.render.haproxy import CrtLine
+from certworker.render.files import ServedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,22 @@ class HeldCertificate:
 
 Held = Mapping[str, HeldCertificate]
 """By certificate id."""
-Lists = Mapping[str | None, frozenset[CrtLine]]
-"""Which file answers which names, for each policy that a listener names; None: listeners that serve all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """What a proxy is told beside its version, and more often."""
+
+    certificates: Mapping[str | None, frozenset[ServedFile]] = field(default_factory=dict)
+    """Which file answers which names, for each policy that a listener names; None: listeners that serve all."""
+    thumbprints: Mapping[str, str] | None = None
+    """DNS name -> thumbprint that challenges are answered with; None: no listener answers them by itself."""
+
+    def changes_to(self, after: "Lists") -> int:
+        """Return how many lines differ."""
+        lines = self.certificates
+        changed = sum(len(new ^ lines.get(name, frozenset())) for name, new in after.certificates.items())
+        return changed + len((self.thumbprints or {}).items() ^ (after.thumbprints or {}).items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,10 @@ class State:
     """Certificate id -> why its newest form is not given to the proxy. An older one may be held."""
     unproved: Mapping[str, str] = field(default_factory=dict)
     """Id of a certificate that is held -> why no handshake has shown it yet."""
+    thumbprints: Mapping[str, str] = field(default_factory=dict)
+    """DNS name -> thumbprint of the account key that challenges for it are answered with."""
+    unanswered: Mapping[str, str] = field(default_factory=dict)
+    """DNS name of these -> why no challenge has been answered so yet."""
 
 
 _STATE = TypeAdapter(State)

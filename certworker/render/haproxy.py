@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from certworker.core.snapshot import HealthCheck, Listener, Match, PathMatch, Pool, Responder, Route, Snapshot, Target
-from certworker.render.files import RenderedFile, RenderedFiles, check_folder
+from certworker.render.files import (
+    ALL_POLICIES,
+    CHALLENGE_PATH,
+    RenderedFile,
+    RenderedFiles,
+    ServedFile,
+    check_folder,
+    is_name,
+    names_to_resolve,
+)
 
 CONFIG = "haproxy.cfg"
-CHALLENGE_PATH = "/.well-known/acme-challenge/"
-ALL_POLICIES = "all"
-"""The crt-list of https listeners without a policy of their own."""
 
 _CHALLENGE_PATTERN = r"^/\.well-known/acme-challenge/[A-Za-z0-9_-]{22,128}$"
 """A token has at least 128 bits, in base64url (RFC 8555 §8.3)."""
@@ -46,14 +52,6 @@ class HaproxyOptions:
     """None: HAProxy computes it from the limit on open files."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class CrtLine:
-    """One line of a crt-list: a certificate and the SNI names that it answers, no others."""
-
-    file: str
-    dns_names: tuple[str, ...]
-
-
 def quote(value: str) -> str:
     """Return `value` as one HAProxy word in which nothing is expanded."""
     return "'" + value.replace("'", "'\\''") + "'"
@@ -64,7 +62,17 @@ def list_path(folder: str, policy_id: str | None) -> str:
     return f"{folder}/lists/{policy_id or ALL_POLICIES}.list"
 
 
-def render_crt_list(lines: Iterable[CrtLine]) -> bytes:
+def thumbprints_path(folder: str) -> str:
+    """Return where the map of thumbprints by DNS name lies."""
+    return f"{folder}/lists/thumbprints.map"
+
+
+def render_thumbprints(thumbprints: Mapping[str, str]) -> bytes:
+    """Print the map of thumbprints. HAProxy has no quoting here: both sides were checked before."""
+    return "".join(f"{name} {thumbprint}\n" for name, thumbprint in sorted(thumbprints.items())).encode("ascii")
+
+
+def render_crt_list(lines: Iterable[ServedFile]) -> bytes:
     """Print a crt-list. HAProxy has no quoting here: names and paths were checked before."""
     return "".join(f"{line.file} {' '.join(line.dns_names)}\n" for line in sorted(lines)).encode("ascii")
 
@@ -79,7 +87,7 @@ def render_haproxy(snapshot: Snapshot, options: HaproxyOptions) -> RenderedFiles
 def _config(snapshot: Snapshot, options: HaproxyOptions) -> Iterator[str]:
     yield from _global(options)
     yield from _defaults()
-    if any(_is_name(target.host) for target in _addresses(snapshot)):
+    if names_to_resolve(snapshot):
         yield from ("", "resolvers system", "    parse-resolv-conf")
     for listener in snapshot.listeners:
         yield ""
@@ -153,21 +161,22 @@ def _tcp_frontend(listener: Listener, options: HaproxyOptions) -> Iterator[str]:
 def _http_frontend(listener: Listener, options: HaproxyOptions) -> Iterator[str]:
     yield f"frontend L_{listener.id}"
     yield _bind(listener, options)
-    yield from _challenge_route()
+    yield "    http-request set-var(txn.host) 'req.hdr(host),host_only,lower,rtrim(.)'"
+    yield from _challenge_route(listener, options)
     # Set, not appended: what a client claims about itself is not passed on.
     yield "    http-request set-header X-Forwarded-For %[src]"
     yield f"    http-request set-header X-Forwarded-Proto {listener.protocol}"
-    yield "    http-request set-var(txn.host) 'req.hdr(host),host_only,lower,rtrim(.)'"
     yield "    http-request set-var(txn.path) path,url_dec"
     yield "    acl is_ws req.hdr(upgrade) -m str -i -- websocket"
-    yield f"    use_backend {_RESPONDER} if acme_path"
+    if listener.challenge == "forward":
+        yield f"    use_backend {_RESPONDER} if acme_path"
     for number, route in enumerate(listener.routes, start=1):
         yield from _route(f"r{number}", route)
     yield f"    default_backend {_NO_ROUTE}"
 
 
-def _challenge_route() -> Iterator[str]:
-    """Stop what only looks like HTTP-01, so that the rest can go to the responders (RFC 8555 §8.3).
+def _challenge_route(listener: Listener, options: HaproxyOptions) -> Iterator[str]:
+    """Answer HTTP-01, or stop what only looks like it, so that the rest can go to the responders (RFC 8555 §8.3).
 
     HAProxy runs every http-request rule before any use_backend; of these the challenge's is first.
     """
@@ -179,6 +188,22 @@ def _challenge_route() -> Iterator[str]:
         " if acme_path !{ method GET HEAD }"
     )
     yield f"    http-request return status 404 {plain} string 'no such challenge' if acme_path !acme_token"
+    if listener.challenge == "stateless":
+        yield from _stateless_answer(thumbprints_path(options.folder), plain)
+
+
+def _stateless_answer(thumbprints: str, plain: str) -> Iterator[str]:
+    """Answer any token for the names that have a thumbprint, and for no others.
+
+    A client that copies the token must check its alphabet (RFC 8555 §8.3): `acme_token` did.
+    """
+    yield f"    http-request set-var(txn.thumbprint) var(txn.host),map_str({thumbprints}) if acme_path"
+    yield "    acl acme_name var(txn.thumbprint) -m found"
+    yield (
+        f"    http-request return status 200 {plain} hdr X-Content-Type-Options nosniff"
+        " lf-string '%[path,field(4,/)].%[var(txn.thumbprint)]' if acme_path acme_name"
+    )
+    yield f"    http-request return status 404 {plain} string 'no such challenge' if acme_path"
 
 
 def _route(name: str, route: Route) -> Iterator[str]:
@@ -266,19 +291,8 @@ def _responder_backend(responders: Iterable[Responder]) -> Iterator[str]:
 def _server(name: str, target: Target | Responder, settings: str) -> str:
     host = f"[{target.host}]" if ":" in target.host else target.host
     # A name is looked up while running: one that does not resolve must not stop the whole proxy.
-    lookup = " resolvers system init-addr none" if _is_name(target.host) else ""
+    lookup = " resolvers system init-addr none" if is_name(target.host) else ""
     return f"    server {name} {host}:{target.port}{settings}{lookup}"
-
-
-def _addresses(snapshot: Snapshot) -> Iterator[Target | Responder]:
-    yield from snapshot.responders
-    for pool in snapshot.pools:
-        yield from pool.targets
-
-
-def _is_name(host: str) -> bool:
-    """Say whether a checked host is a name; no name ends in a number."""
-    return ":" not in host and not host.rpartition(".")[2].isdigit()
 
 
 def _ms(duration: timedelta) -> str:

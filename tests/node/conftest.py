@@ -1,4 +1,4 @@
-"""A node with a real HAProxy, certificates of a CA of our own, and little upstreams to route to."""
+"""A node with a real HAProxy or nginx, certificates of a CA of our own, and little upstreams to route to."""
 
 import hashlib
 import os
@@ -27,8 +27,11 @@ from certworker.node.agent import Agent
 from certworker.node.control import PublishedVersion
 from certworker.node.folder import Folder
 from certworker.node.haproxy import Haproxy, HaproxySetup
+from certworker.node.lookup import Lookup
+from certworker.node.nginx import Nginx, NginxSetup
 from certworker.node.patience import Patience
 from certworker.node.probe import Probe, probe_tls
+from certworker.node.state import Lists
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LIMIT = timedelta(seconds=20)
@@ -52,6 +55,12 @@ def haproxy_binary() -> Path:
     if found is None:
         pytest.fail("haproxy is missing: run `apt-get install haproxy`, or set CERTWORKER_HAPROXY_BIN")
     return Path(found)
+
+
+@pytest.fixture(scope="session")
+def nginx_binary(nginx_bin: str) -> Path:
+    """The nginx to test with: CERTWORKER_NGINX_BIN, or the one of this machine."""
+    return Path(os.environ.get("CERTWORKER_NGINX_BIN") or nginx_bin)
 
 
 @dataclass
@@ -137,6 +146,8 @@ class MemorySource:
     version: PublishedVersion | None = None
     certificates: dict[str, NodeCertificate] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
+    thumbprints: dict[str, tuple[str, int]] = field(default_factory=dict)
+    removed_hosts: dict[str, int] = field(default_factory=dict)
     heartbeats: list[Heartbeat] = field(default_factory=list)
     revision: int = 0
     epoch: int = 1
@@ -155,6 +166,15 @@ class MemorySource:
         del self.certificates[certificate_id]
         self.removed[certificate_id] = self.revision
 
+    def put_thumbprint(self, dns_name: str, thumbprint: str) -> None:
+        self.revision += 1
+        self.thumbprints[dns_name] = thumbprint, self.revision
+
+    def remove_thumbprint(self, dns_name: str) -> None:
+        self.revision += 1
+        del self.thumbprints[dns_name]
+        self.removed_hosts[dns_name] = self.revision
+
     def published(self) -> PublishedVersion | None:
         return self.version
 
@@ -163,7 +183,11 @@ class MemorySource:
         after = 0 if complete else cursor.revision
         changed = sorted((one for one in self.certificates.values() if one.revision > after), key=lambda c: c.revision)
         removed = frozenset(name for name, revision in self.removed.items() if revision > after)
-        return CertificateChanges(Cursor(self.epoch, self.revision), tuple(changed), removed, complete)
+        rows = {name: value for name, (value, revision) in self.thumbprints.items() if revision > after}
+        hosts = frozenset(name for name, revision in self.removed_hosts.items() if revision > after)
+        return CertificateChanges(
+            Cursor(self.epoch, self.revision), tuple(changed), removed, complete, rows, hosts - rows.keys()
+        )
 
     def report(self, heartbeat: Heartbeat) -> None:
         self.heartbeats.append(heartbeat)
@@ -178,13 +202,45 @@ class WatchedHaproxy(Haproxy):
         self.before_reload()
         super().reload()
 
+    def workers(self) -> frozenset[int]:
+        processes = PATIENCE.until(self._processes, LIMIT)
+        assert processes is not None
+        return processes.new_workers
+
+    def forget_certificates(self) -> None:
+        """Take what it shows away behind the agent's back."""
+        for line in self._admin.list_lines(str(self._list(None))):
+            self._admin.drop_line(str(self._list(None)), line.file)
+
+
+class WatchedNginx(Nginx):
+    """The same for nginx."""
+
+    before_reload: Callable[[], object]
+
+    def reload(self) -> None:
+        self.before_reload()
+        super().reload()
+
+    def workers(self) -> frozenset[int]:
+        master = self._process.find()
+        assert master is not None
+        return self._accepting(master)
+
+    def forget_certificates(self) -> None:
+        self.write_lists(Lists({None: frozenset()}))
+        super().reload()
+
 
 class Node:
     """One node in a folder of its own; `agent` may be replaced by a new one on the same folder."""
 
-    def __init__(self, path: Path, binary: Path) -> None:
+    def __init__(self, path: Path, kind: str, binary: Path) -> None:
         self.path = path
+        self.kind = kind
         self.binary = binary
+        self.hosts: dict[str, tuple[str, ...]] = {}
+        """What names resolve to, for an nginx."""
         self.source = MemorySource()
         self.probe: Probe = probe_tls
         self.before_reload: Callable[[], object] = lambda: None
@@ -192,7 +248,7 @@ class Node:
 
     def start_agent(self) -> None:
         self.folder = Folder(self.path)
-        self.proxy = WatchedHaproxy(self.folder, HaproxySetup(self.binary), PATIENCE)
+        self.proxy = self._make_proxy()
         self.proxy.before_reload = lambda: self.before_reload()
         self.agent = Agent(
             "node-1",
@@ -204,22 +260,42 @@ class Node:
             lambda port, name: self.probe(port, name),
         )
 
+    def _make_proxy(self) -> WatchedHaproxy | WatchedNginx:
+        if self.kind == "haproxy":
+            return WatchedHaproxy(self.folder, HaproxySetup(self.binary), PATIENCE)
+        lookup = Lookup(PATIENCE, self._resolve)
+        return WatchedNginx(self.folder, NginxSetup(self.binary), PATIENCE, lookup)
+
+    def _resolve(self, host: str) -> tuple[str, ...]:
+        if host not in self.hosts:
+            raise OSError("no such name")
+        return self.hosts[host]
+
     def step(self) -> Heartbeat:
         return self.agent.step()
 
     def workers(self) -> frozenset[int]:
         """Return the process ids of the workers that no reload has replaced."""
-        processes = self.proxy._processes()
-        assert processes is not None
-        return processes.new_workers
+        return self.proxy.workers()
+
+    def assert_kept(self, workers: frozenset[int]) -> None:
+        """See that a proxy that can change its certificates while it runs was not reloaded."""
+        if self.kind == "haproxy":
+            assert self.workers() == workers
+
+
+@pytest.fixture(params=["haproxy", "nginx"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Both proxies, one after the other."""
+    return str(request.param)
 
 
 @pytest.fixture
-def node(haproxy_binary: Path) -> Iterator[Node]:
+def node(kind: str, request: pytest.FixtureRequest) -> Iterator[Node]:
     """A node whose proxy ends with the test."""
     # Not pytest's own folder: its path is too long for a socket.
     path = Path(mkdtemp(prefix="certworker-node-"))
-    node = Node(path, haproxy_binary)
+    node = Node(path, kind, request.getfixturevalue(f"{kind}_binary"))
     yield node
     node.agent.stop()
     node.agent.close()
@@ -320,11 +396,14 @@ class Gateway:
     targets: list[TargetRow] = field(default_factory=list)
     policies: list[PolicyRow] = field(default_factory=list)
 
-    def listener(self, port: int, protocol: str = "http", policy: int | None = None) -> str:
+    def listener(
+        self, port: int, protocol: str = "http", policy: int | None = None, challenge: str | None = None
+    ) -> str:
         policy_id = None if policy is None else uuid(policy)
         if policy is not None:
             self.policies.append(PolicyRow(uuid(policy), "auto"))
-        self.listeners.append(ListenerRow(uuid(100 + len(self.listeners)), None, port, protocol, policy_id, True))
+        row = ListenerRow(uuid(100 + len(self.listeners)), None, port, protocol, policy_id, True, challenge)
+        self.listeners.append(row)
         return self.listeners[-1].id
 
     def pool(self, *ports: int, policy: str = "round_robin", weights: tuple[int, ...] = (), check: bool = True) -> str:

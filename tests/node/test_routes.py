@@ -1,4 +1,4 @@
-"""What HAProxy does with the rendered routes: real requests to real upstreams."""
+"""What both proxies do with the rendered routes: real requests to real upstreams."""
 
 import socket
 import threading
@@ -192,7 +192,6 @@ PREFIX = "/.well-known/acme-challenge/"
         ("GET", PREFIX + TOKEN + "/", 404),
         ("GET", PREFIX + TOKEN + "%0a", 404),
         ("GET", PREFIX + TOKEN[:-1] + "%41", 404),
-        ("GET", PREFIX + "../" + TOKEN, 404),
         ("GET", PREFIX + "<script>alert(1)</script>", 404),
     ],
 )
@@ -213,13 +212,26 @@ def test_a_challenge_goes_to_the_responder_or_nowhere(
     assert ask(port, "/x") == (200, "user")
 
 
+def test_a_path_that_leads_out_of_the_prefix_is_no_challenge(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start
+) -> None:
+    """HAProxy takes it as it stands, nginx as the path it comes to; the responder is asked by neither."""
+    responder = upstream("responder")
+    gateway.responders = (f"127.0.0.1:{responder.port}",)
+    gateway.route(gateway.listener(port := ports.take()), gateway.pool(upstream("user").port))
+    publish(node, gateway)
+
+    assert ask(port, PREFIX + "../" + TOKEN)[0] == (404 if node.kind == "haproxy" else 200)
+    assert responder.asked == []
+
+
 def test_a_responder_is_reached_as_soon_as_it_runs(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
     """One that started a moment ago answers, and those that are dead are passed over."""
     dead, late = ports.take(), ports.take()
     gateway.responders = (f"127.0.0.1:{dead}", f"127.0.0.1:{late}")
     gateway.listener(port := ports.take())
     publish(node, gateway)
-    assert ask(port, PREFIX + TOKEN)[0] == 503
+    assert ask(port, PREFIX + TOKEN)[0] in (502, 503)
     upstream("late", port=late)
 
     assert [ask(port, PREFIX + TOKEN) for _ in range(4)] == [(200, "late")] * 4
@@ -236,3 +248,116 @@ def test_what_a_client_says_of_itself_is_not_passed_on(
 
     said = [line.lower() for line in up.asked[-1].splitlines() if line.lower().startswith("x-forwarded")]
     assert sorted(said) == ["x-forwarded-for: 127.0.0.1", "x-forwarded-proto: http"]
+
+
+THUMBPRINT = "LPJNul-wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ"
+
+
+def stateless_node(node: Node, gateway: Gateway, port: int, *dns_names: str) -> None:
+    """Serve a listener that answers challenges by itself, with these names in its map."""
+    gateway.listener(port, challenge="stateless")
+    for name in dns_names:
+        node.source.put_thumbprint(name, THUMBPRINT)
+    publish(node, gateway)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "host", "status"),
+    [
+        ("GET", PREFIX + TOKEN, "a.test", 200),
+        ("GET", PREFIX + TOKEN + "?x=1", "A.Test.:80", 200),
+        ("GET", PREFIX + "a" * 22, "a.test", 200),
+        ("GET", PREFIX + "a" * 128, "a.test", 200),
+        ("GET", PREFIX + TOKEN, "default", 200),
+        ("GET", PREFIX + TOKEN, "b.test", 404),
+        ("GET", PREFIX + TOKEN, "x.a.test", 404),
+        ("GET", PREFIX + "a" * 21, "a.test", 404),
+        ("GET", PREFIX + "a" * 129, "a.test", 404),
+        ("GET", PREFIX + TOKEN + "%0a", "a.test", 404),
+        ("GET", PREFIX + TOKEN[:-1] + "%41", "a.test", 404),
+        ("GET", PREFIX + TOKEN + "/", "a.test", 404),
+        ("GET", PREFIX + "<script>alert(1)</script>", "a.test", 404),
+        ("GET", PREFIX, "a.test", 404),
+        ("POST", PREFIX + TOKEN, "a.test", 405),
+    ],
+)
+def test_a_stateless_listener_answers_for_the_names_it_was_given(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start, method: str, path: str, host: str, status: int
+) -> None:
+    """Any token, with the thumbprint of the name's account; everything else under the prefix gets nothing."""
+    responder = upstream("responder")
+    gateway.responders = (f"127.0.0.1:{responder.port}",)
+    stateless_node(node, gateway, port := ports.take(), "a.test", "default")
+
+    answer = ask(port, path, host, method)
+
+    token = path.removeprefix(PREFIX).partition("?")[0]
+    assert answer[0] == status
+    assert (answer[1] == f"{token}.{THUMBPRINT}") == (status == 200)
+    assert responder.asked == []
+
+
+def test_a_stateless_answer_cannot_be_taken_for_something_else(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """It is text, for nobody to keep; HEAD gets no body."""
+    stateless_node(node, gateway, port := ports.take(), "a.test")
+    request = f"GET {PREFIX + TOKEN} HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request.encode())
+        head = connection.makefile("rb").read().lower().partition(b"\r\n\r\n")[0].split(b"\r\n")
+
+    assert {b"content-type: text/plain", b"cache-control: no-store", b"x-content-type-options: nosniff"} <= set(head)
+    assert ask(port, PREFIX + TOKEN, "a.test", "HEAD") == (200, "")
+
+
+def test_thumbprints_come_change_and_go_while_it_runs(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """Each row is proved before the cursor moves, and HAProxy is not reloaded for it."""
+    stateless_node(node, gateway, port := ports.take(), "a.test")
+    workers, other = node.workers(), THUMBPRINT[::-1]
+    node.source.put_thumbprint("a.test", other)
+    node.source.put_thumbprint("b.test", THUMBPRINT)
+
+    heartbeat = node.step()
+
+    assert (heartbeat.error, heartbeat.unanswered, heartbeat.cursor.revision) == (None, {}, 3)
+    assert ask(port, PREFIX + TOKEN, "a.test")[1] == f"{TOKEN}.{other}"
+    assert ask(port, PREFIX + TOKEN, "b.test")[1] == f"{TOKEN}.{THUMBPRINT}"
+    node.source.remove_thumbprint("b.test")
+    assert node.step().unanswered == {}
+    assert ask(port, PREFIX + TOKEN, "b.test")[0] == 404
+    node.assert_kept(workers)
+
+
+def test_a_row_that_is_not_answered_is_named(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """Without a listener that answers by itself, and with a value that no map may hold."""
+    gateway.listener(ports.take())
+    publish(node, gateway)
+    node.source.put_thumbprint("a.test", THUMBPRINT)
+    node.source.put_thumbprint("b.test evil", THUMBPRINT)
+    node.source.put_thumbprint("c.test", "$evil")
+
+    unanswered = node.step().unanswered
+
+    assert sorted(unanswered) == ["a.test", "b.test evil", "c.test"]
+    assert "no http listener" in unanswered["a.test"]
+    gateway.listener(ports.take(), challenge="stateless")
+    node.source.publish(gateway.snapshot())
+    assert sorted(node.step().unanswered) == ["b.test evil", "c.test"]
+    node.source.remove_thumbprint("b.test evil")
+    node.source.put_thumbprint("c.test", THUMBPRINT)
+    assert node.step().unanswered == {}
+    node.source.epoch += 1
+    node.source.thumbprints.clear()
+    assert node.step().unanswered == {}
+    assert node.agent._state.thumbprints == {}
+
+
+def test_a_restart_keeps_the_thumbprints(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """A new agent finds them in its state, and the proxy as it was."""
+    stateless_node(node, gateway, port := ports.take(), "a.test")
+    workers = node.workers()
+    node.agent.close()
+    node.start_agent()
+
+    assert node.step().unanswered == {}
+    assert node.workers() == workers
+    assert ask(port, PREFIX + TOKEN)[1] == f"{TOKEN}.{THUMBPRINT}"

@@ -1,5 +1,5 @@
-"""Rendering is judged by the HAProxy that the node's tests run."""
+"""Rendering is judged by the proxies that the node's tests run."""
 
-from tests.node.conftest import authority, haproxy_binary
+from tests.node.conftest import authority, haproxy_binary, nginx_binary
 
-__all__ = ["authority", "haproxy_binary"]
+__all__ = ["authority", "haproxy_binary", "nginx_binary"]

@@ -7,27 +7,29 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
-from certworker.core.snapshot import Listener, Match, PathMatch, Pool, Route, Snapshot, Target
+from certworker.core.snapshot import Match, PathMatch, Snapshot
 from certworker.errors import InputError
 from certworker.node.folder import Folder
 from certworker.node.haproxy import Haproxy, HaproxySetup
 from certworker.node.pairs import render_pair
 from certworker.node.patience import Patience
-from certworker.render.files import RenderedFile, RenderedFiles
+from certworker.node.state import Lists
+from certworker.render.files import RenderedFile, RenderedFiles, ServedFile
 from certworker.render.haproxy import (
     CONFIG,
-    CrtLine,
     HaproxyOptions,
     list_path,
     quote,
     render_crt_list,
     render_haproxy,
+    render_thumbprints,
+    thumbprints_path,
 )
 from tests.node.conftest import Authority, uuid
 
-from .golden import CASES, GOLDEN, haproxy, load
+from .golden import CASES, GOLDEN, load, print_haproxy
+from .values import hosts, nasty, one_route, paths
 
 OPTIONS = HaproxyOptions("/srv/gateway", number=42)
 
@@ -39,7 +41,7 @@ def text(snapshot: Snapshot, options: HaproxyOptions = OPTIONS) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_snapshot_gives_the_same_bytes(case: str) -> None:
     """A change here is a change for every gateway: write the golden files anew and read the diff."""
-    assert haproxy(case) == (GOLDEN / case / CONFIG).read_bytes()
+    assert print_haproxy(case) == (GOLDEN / case / CONFIG).read_bytes()
 
 
 @pytest.mark.proxy
@@ -48,12 +50,13 @@ def test_haproxy_accepts_it_without_a_warning(case: str, haproxy_binary: Path, a
     """Warnings count as errors, once there is a certificate to serve."""
     with TemporaryDirectory(prefix="certworker-render-") as name:
         folder = Folder(Path(name))
-        line = CrtLine(folder.write_certificate(render_pair(authority.issue(1, "a.test"))), ("a.test",))
+        line = ServedFile(folder.write_certificate(render_pair(authority.issue(1, "a.test"))), ("a.test",))
         for listener in load(case).listeners:
             crt_list = Path(list_path(name, listener.tls_policy_id))
             crt_list.write_bytes(render_crt_list([line]))
+        Path(thumbprints_path(name)).write_bytes(render_thumbprints({"a.test": "x" * 43}))
         config = folder.path / CONFIG
-        config.write_bytes(haproxy(case, name))
+        config.write_bytes(print_haproxy(case, name))
         command = [str(haproxy_binary), "-dW", "-c", "-f", str(config)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
@@ -67,7 +70,7 @@ def test_an_empty_crt_list_is_the_one_expected_warning(haproxy_binary: Path) -> 
     with TemporaryDirectory(prefix="certworker-render-") as name:
         folder = Folder(Path(name))
         proxy = Haproxy(folder, HaproxySetup(haproxy_binary), Patience())
-        proxy.write_lists({None: frozenset(), uuid(41): frozenset()})
+        proxy.write_lists(Lists({None: frozenset(), uuid(41): frozenset()}))
         rendered = proxy.render(load("https"), 1)
         assert proxy.check(folder.write_version("1", rendered)) == ()
 
@@ -118,16 +121,6 @@ def words(line: str) -> list[str]:
     return [re.sub(r"'([^']*)'|\\'", lambda part: part[1] if part[1] is not None else "'", word) for word in found]
 
 
-def one_route(match: Match) -> Snapshot:
-    target = Target(id=uuid(3), host="10.0.0.1", port=80)
-    route = Route(id=uuid(2), type="path", match=match, priority=1, pool_id=uuid(4))
-    listener = Listener(id=uuid(1), port=80, protocol="http", routes=(route,))
-    return Snapshot(listeners=(listener,), pools=(Pool(id=uuid(4), policy="weighted", targets=(target,)),))
-
-
-nasty = st.text(alphabet="/abz'\"\\$#{}()[]|%;!-_.~ \n\r\t\x00é&<>*?+,=:@", min_size=1, max_size=40)
-
-
 @given(nasty)
 def test_a_value_is_one_word(value: str) -> None:
     """Quoting and splitting come back to the value (without the line ends that no value has)."""
@@ -136,7 +129,7 @@ def test_a_value_is_one_word(value: str) -> None:
     assert words(f"a -- {quote(value)} b") == ["a", "--", value, "b"] if value else True
 
 
-@given(st.tuples(st.sampled_from(["exact", "prefix", "regex"]), nasty))
+@given(paths)
 def test_no_path_breaks_out(given_path: tuple[str, str]) -> None:
     """A path is refused, or it is one word in a line of its own and changes nothing else."""
     kind, value = given_path
@@ -154,7 +147,7 @@ def test_no_path_breaks_out(given_path: tuple[str, str]) -> None:
     ]
 
 
-@given(nasty | st.from_regex(r"(\*\.)?[a-z0-9.-]{1,20}", fullmatch=True))
+@given(hosts)
 def test_no_host_breaks_out(value: str) -> None:
     """A host is refused, or it is one word."""
     try:
