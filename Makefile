@@ -4,7 +4,7 @@
 .PHONY: help demo setup check test soak lock clean
 
 BIN := .venv/bin
-# HAProxy is in /usr/sbin, which is not on everybody's PATH; Pebble is in a folder of ours.
+# HAProxy and nginx are in /usr/sbin, which is not on everybody's PATH; Pebble is in a folder of ours.
 export PATH := $(CURDIR)/.tools/bin:$(PATH):/usr/sbin
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --no-header --no-emit-index-url pyproject.toml
@@ -26,7 +26,7 @@ check: setup ## style, types, import rules, and what can be checked without runn
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m check
 
-test: setup ## every test, on real PostgreSQL, Pebble and HAProxy; ARGS="-k name" for some
+test: setup ## every test, on real PostgreSQL, Pebble, HAProxy and nginx; ARGS="-k name" for some
 	$(BIN)/pytest -n 2 $(ARGS)
 
 soak: setup ## workers, faults and renewals for MINUTES=10; ARGS="--help" says what else there is

@@ -25,9 +25,11 @@ from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat, NodeC
 from certworker.core.snapshot import read_snapshot
 from certworker.errors import CertworkerError, InputError, SealError, SettingsError
 from certworker.node.agent import Agent
+from certworker.node.apply import Proxy
 from certworker.node.control import PublishedVersion
 from certworker.node.folder import Folder
 from certworker.node.haproxy import Haproxy, HaproxySetup
+from certworker.node.nginx import Nginx, NginxSetup
 from certworker.node.patience import Patience
 from certworker.resolver import look_up, look_up_caa
 from certworker.responder import Responder
@@ -262,14 +264,21 @@ def make_agent(app: App) -> Agent | None:
     s = app.settings
     if s.embedded_node == "none":
         return None
-    if s.embedded_node == "nginx":
-        raise SettingsError("CERTWORKER_EMBEDDED_NODE 'nginx': nginx nodes come with a later release; use haproxy")
     folder, patience = Folder(s.data_dir / "node"), Patience()
+    make_proxy = _make_haproxy if s.embedded_node == "haproxy" else _make_nginx
+    proxy = make_proxy(s, folder, patience)
+    return Agent(s.node_name, DatabaseSource(app), folder, proxy, patience, random.SystemRandom())
+
+
+def _make_haproxy(settings: Settings, folder: Folder, patience: Patience) -> Proxy:
     user = _existing_user("haproxy")
-    setup = HaproxySetup(_haproxy(s), ipv6=Path("/proc/net/if_inet6").exists(), user=user, group=user)
-    return Agent(
-        s.node_name, DatabaseSource(app), folder, Haproxy(folder, setup, patience), patience, random.SystemRandom()
-    )
+    binary = _find_binary(settings.haproxy_bin, "haproxy", "HAPROXY_BIN")
+    return Haproxy(folder, HaproxySetup(binary, user=user, group=user), patience)
+
+
+def _make_nginx(settings: Settings, folder: Folder, patience: Patience) -> Proxy:
+    user = _existing_user("nginx") or _existing_user("www-data")
+    return Nginx(folder, NginxSetup(_find_binary(settings.nginx_bin, "nginx", "NGINX_BIN"), user=user), patience)
 
 
 class DatabaseSource:
@@ -327,10 +336,10 @@ def _naming_policies(tx: Transaction, certificate: StoredCertificate) -> set[str
     return {policy.id for name in certificate.dns_names or () for policy in policies.wanting(tx, name)}
 
 
-def _haproxy(settings: Settings) -> Path:
-    found = settings.haproxy_bin or shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/sbin")
+def _find_binary(named: Path | None, name: str, setting: str) -> Path:
+    found = named or shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if not found:
-        raise SettingsError("EMBEDDED_NODE=haproxy, but there is no haproxy on the PATH: install it or set HAPROXY_BIN")
+        raise SettingsError(f"EMBEDDED_NODE={name}, but there is no {name} on the PATH: install it or set {setting}")
     return Path(found)
 
 

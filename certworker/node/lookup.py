@@ -27,9 +27,10 @@ def resolve(host: str) -> tuple[str, ...]:
 class Lookup:
     """The addresses of some names."""
 
-    def __init__(self, patience: Patience, resolve: Resolve = resolve) -> None:
+    def __init__(self, patience: Patience, resolve: Resolve = resolve, refresh: timedelta = REFRESH) -> None:
         self._patience = patience
         self._resolve = resolve
+        self._refresh = refresh
         self._found: dict[str, tuple[str, ...]] = {}
         self._due_at: dict[str, float] = {}
         """By the monotonic clock; infinite while a name is being looked up."""
@@ -50,4 +51,4 @@ class Lookup:
             self._found[host] = self._resolve(host)
         except (OSError, UnicodeError):
             self._found.setdefault(host, ())
-        self._due_at[host] = self._patience.monotonic() + REFRESH.total_seconds()
+        self._due_at[host] = self._patience.monotonic() + self._refresh.total_seconds()

@@ -1,4 +1,4 @@
-"""The main job, whole: real Pebble, real HAProxy, the real command line, on both databases."""
+"""The main job, whole: real Pebble, real HAProxy and nginx, the real command line, on both databases."""
 
 import hashlib
 import json
@@ -89,10 +89,21 @@ def test_renew_alone_brings_its_own_responder(
     assert len(ca.ledger()) == 1
 
 
-def test_renew_asks_the_service_by_rows(folder: Path, start_pebble: Callable[..., Pebble]) -> None:
+def test_renew_alone_with_nginx(folder: Path, start_pebble: Callable[..., Pebble]) -> None:
+    """The command starts it, proves by it, and takes it along when it ends."""
+    ca = start_pebble()
+    box = Box.make(folder, ca, node="nginx")
+    box.configure("alone.flow.test")
+
+    assert box.json("renew")["renewed"][0]["served"] is True
+    assert not (folder / "data" / "node" / "run" / "nginx.pid").exists()
+
+
+@pytest.mark.parametrize("node", ["haproxy", "nginx"])
+def test_renew_asks_the_service_by_rows(folder: Path, start_pebble: Callable[..., Pebble], node: str) -> None:
     """While the service holds the role, the command waits for it; a forced renewal changes what is served."""
     ca = start_pebble()
-    box = Box.make(folder, ca)
+    box = Box.make(folder, ca, node=node)
     box.configure("asked.flow.test")
     with box.upstream(), box.service():
         until(lambda: box.served("asked.flow.test"))

@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import socketserver
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from certworker.node.nginx import Nginx, NginxSetup
 from certworker.node.patience import Patience
 from certworker.node.probe import Probe, probe_tls
 from certworker.node.state import Lists
+from certworker.render.files import RenderedFiles
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LIMIT = timedelta(seconds=20)
@@ -194,13 +196,17 @@ class MemorySource:
 
 
 class WatchedHaproxy(Haproxy):
-    """A HAProxy to whose reloads a test can do something first."""
+    """A HAProxy to whose reloads and configurations a test can do something first."""
 
     before_reload: Callable[[], object]
+    spoil: Callable[[RenderedFiles], RenderedFiles]
 
     def reload(self) -> None:
         self.before_reload()
         super().reload()
+
+    def render(self, snapshot: Snapshot, number: int) -> RenderedFiles:
+        return self.spoil(super().render(snapshot, number))
 
     def workers(self) -> frozenset[int]:
         processes = PATIENCE.until(self._processes, LIMIT)
@@ -217,10 +223,14 @@ class WatchedNginx(Nginx):
     """The same for nginx."""
 
     before_reload: Callable[[], object]
+    spoil: Callable[[RenderedFiles], RenderedFiles]
 
     def reload(self) -> None:
         self.before_reload()
         super().reload()
+
+    def render(self, snapshot: Snapshot, number: int) -> RenderedFiles:
+        return self.spoil(super().render(snapshot, number))
 
     def workers(self) -> frozenset[int]:
         master = self._process.find()
@@ -244,12 +254,14 @@ class Node:
         self.source = MemorySource()
         self.probe: Probe = probe_tls
         self.before_reload: Callable[[], object] = lambda: None
+        self.spoil: Callable[[RenderedFiles], RenderedFiles] = lambda rendered: rendered
         self.start_agent()
 
     def start_agent(self) -> None:
         self.folder = Folder(self.path)
         self.proxy = self._make_proxy()
         self.proxy.before_reload = lambda: self.before_reload()
+        self.proxy.spoil = lambda rendered: self.spoil(rendered)
         self.agent = Agent(
             "node-1",
             self.source,
@@ -263,7 +275,7 @@ class Node:
     def _make_proxy(self) -> WatchedHaproxy | WatchedNginx:
         if self.kind == "haproxy":
             return WatchedHaproxy(self.folder, HaproxySetup(self.binary), PATIENCE)
-        lookup = Lookup(PATIENCE, self._resolve)
+        lookup = Lookup(PATIENCE, self._resolve, timedelta(milliseconds=50))
         return WatchedNginx(self.folder, NginxSetup(self.binary), PATIENCE, lookup)
 
     def _resolve(self, host: str) -> tuple[str, ...]:
@@ -411,9 +423,11 @@ class Gateway:
         pool = PoolRow(uuid(200 + len(self.pools)), "pool", policy, health_check)
         self.pools.append(pool)
         for port, weight in zip(ports, weights or (1,) * len(ports), strict=True):
-            target_id = uuid(300 + len(self.targets))
-            self.targets.append(TargetRow(target_id, pool.id, f"127.0.0.1:{port}", weight, True))
+            self.target(pool.id, f"127.0.0.1:{port}", weight)
         return pool.id
+
+    def target(self, pool: str, address: str, weight: int = 1) -> None:
+        self.targets.append(TargetRow(uuid(300 + len(self.targets)), pool, address, weight, True))
 
     def route(self, listener: str, pool: str, kind: str = "path", priority: int = 10, **match: object) -> None:
         self.routes.append(RouteRow(uuid(400 + len(self.routes)), listener, kind, match, priority, pool, True))
@@ -435,12 +449,48 @@ def gateway() -> Gateway:
 def ask(port: int, path: str = "/", host: str = "a.test", method: str = "GET") -> tuple[int, str]:
     """Send one HTTP request and return status and body."""
     with socket.create_connection(("127.0.0.1", port), timeout=LIMIT.total_seconds()) as connection:
-        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-        head = b""
-        with connection.makefile("rb") as answer:
-            while line := answer.readline():
-                head += line
-                if line == b"\r\n":
-                    break
-            body = answer.read()
+        return exchange(connection, path, host, method)
+
+
+def ask_tls(port: int, sni: str, host: str) -> tuple[int, str]:
+    """Send one HTTPS request, trusting anybody, and return status and body."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=LIMIT.total_seconds()) as plain,
+        context.wrap_socket(plain, server_hostname=sni) as connection,
+    ):
+        return exchange(connection, "/", host, "GET")
+
+
+def exchange(connection: socket.socket, path: str, host: str, method: str) -> tuple[int, str]:
+    connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    head = b""
+    with connection.makefile("rb") as answer:
+        while line := answer.readline():
+            head += line
+            if line == b"\r\n":
+                break
+        body = answer.read()
     return int(head.split()[1]), body.decode()
+
+
+@dataclass
+class Load:
+    """A client that asks without a pause, each time on a new connection."""
+
+    port: int
+    tls: bool = False
+    answers: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def run(self, over: threading.Event) -> None:
+        while not over.is_set():
+            try:
+                answer = ask_tls(self.port, "a.test", "a.test") if self.tls else ask(self.port)
+            except (OSError, IndexError) as failed:
+                self.faults.append(repr(failed))
+            else:
+                self.answers += 1
+                if answer[0] != 200:
+                    self.faults.append(repr(answer))

@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from certworker.errors import FolderHeld
 from certworker.node.probe import Seen, probe_tls
+from certworker.render.files import RenderedFile, RenderedFiles
 
-from .conftest import Authority, Gateway, Node, Ports, ask, await_true, uuid
+from .conftest import Authority, Gateway, Load, Node, Ports, Upstream, ask, ask_tls, await_true, uuid
 
 pytestmark = pytest.mark.proxy
 
@@ -169,7 +171,29 @@ def test_a_taken_port_is_refused_and_rolled_back(node: Node, gateway: Gateway, p
     assert node.step().version_number == 3
 
 
-def test_a_version_that_haproxy_refuses_is_rolled_back(node: Node, gateway: Gateway, ports: Ports) -> None:
+def test_a_version_that_the_check_refuses_changes_nothing(node: Node, gateway: Gateway, ports: Ports) -> None:
+    """What the proxy itself cannot read is not applied: the old one serves on, and the message quotes the proxy."""
+    gateway.listener(first := ports.take())
+    node.source.publish(gateway.snapshot())
+    node.step()
+    workers = node.workers()
+    gateway.listener(ports.take())
+    node.source.publish(gateway.snapshot())
+    node.spoil = lambda rendered: RenderedFiles(
+        {path: RenderedFile(file.content + b"what_is_this\n") for path, file in rendered.files.items()}
+    )
+
+    heartbeat = node.step()
+
+    assert heartbeat.error is not None
+    assert f"{node.kind} refuses 2-" in heartbeat.error
+    assert "what_is_this" in heartbeat.error or "unexpected end of file" in heartbeat.error
+    assert heartbeat.version_number == 1
+    assert ask(first)[0] == 404
+    assert node.workers() == workers
+
+
+def test_a_version_that_the_reload_refuses_is_rolled_back(node: Node, gateway: Gateway, ports: Ports) -> None:
     """A reload that fails after the check leaves the old version served, and the next one possible."""
     first, taken = ports.take(), ports.take()
     gateway.listener(first)
@@ -485,3 +509,58 @@ def test_the_https_listener_speaks_http2(https_node: tuple[Node, int], authority
         context.wrap_socket(plain, server_hostname="a.test") as secure,
     ):
         assert secure.selected_alpn_protocol() == "h2"
+
+
+def test_publishes_and_renewals_fail_no_request(
+    node: Node, gateway: Gateway, ports: Ports, authority: Authority, upstream: Callable[..., Upstream]
+) -> None:
+    """While versions and certificates change, clients that come all the time get their answers."""
+    http, https, target = ports.take(), ports.take(), upstream("up").port
+    for port, protocol in ((http, "http"), (https, "https")):
+        gateway.route(gateway.listener(port, protocol), gateway.pool(target))
+    node.source.publish(gateway.snapshot())
+    node.source.put(authority.issue(1, "a.test"))
+    assert node.step().error is None
+    over, loads = threading.Event(), [Load(http), Load(https, True)]
+    clients = [threading.Thread(target=load.run, args=(over,)) for load in loads]
+    for client in clients:
+        client.start()
+    for number in range(6):
+        gateway.route(gateway.listeners[0].id, gateway.pools[0].id, path={"exact": f"/{number}"})
+        node.source.publish(gateway.snapshot())
+        node.source.put(authority.issue(1, "a.test"))
+        heartbeat = node.step()
+        assert (heartbeat.error, heartbeat.unserved) == (None, {})
+    over.set()
+    for client in clients:
+        client.join()
+
+    assert [fault for load in loads for fault in load.faults] == []
+    assert all(load.answers > 10 for load in loads)
+
+
+@pytest.mark.parametrize("kind", ["nginx"])
+def test_a_host_that_was_not_shaken_hands_for_is_misdirected(
+    node: Node, gateway: Gateway, ports: Ports, authority: Authority, upstream: Callable[..., Upstream]
+) -> None:
+    """nginx answers 421 for a host without a certificate, and never from another server of this machine."""
+    gateway.route(gateway.listener(port := ports.take(), "https"), gateway.pool(upstream("up").port))
+    node.source.publish(gateway.snapshot())
+    node.source.put(authority.issue(1, "a.test", "b.test"))
+    assert node.step().error is None
+
+    answers = {host: ask_tls(port, "a.test", host) for host in ("a.test", "b.test", "c.test")}
+    assert answers == {"a.test": (200, "up"), "b.test": (200, "up"), "c.test": (421, answers["c.test"][1])}
+    assert "up" not in answers["c.test"][1]
+
+
+def test_a_chain_of_any_length_is_served(https_node: tuple[Node, int], authority: Authority) -> None:
+    """A hundred long names make a leaf that is longer than what nginx reads as one word."""
+    node, port = https_node
+    names = [f"{'n' * 60}-{number}.test" for number in range(100)]
+    certificate = authority.issue(1, *names, key=rsa.generate_private_key(65537, 3072))
+    assert len(certificate.chain_pem) > 8000
+    node.source.put(certificate)
+
+    assert node.step().unserved == {}
+    assert probe_tls(port, names[-1]).fingerprint == certificate.fingerprint

@@ -1,15 +1,18 @@
 """What both proxies do with the rendered routes: real requests to real upstreams."""
 
 import socket
+import ssl
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
+from websockets.sync.client import connect
+from websockets.sync.server import ServerConnection, serve
 
-from .conftest import EchoHandler, Gateway, Node, Ports, Upstream, ask, await_true
+from .conftest import Authority, EchoHandler, Gateway, HttpHandler, Node, Ports, Upstream, ask, await_true
 
 pytestmark = pytest.mark.proxy
 
@@ -75,21 +78,55 @@ def test_the_lower_priority_goes_first(node: Node, gateway: Gateway, ports: Port
     assert ask(port, "/x")[1] == "all"
 
 
-def test_a_websocket_route_takes_upgrades_only(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
-    """An upgraded connection carries bytes both ways; a plain request goes on to the next route."""
+@pytest.fixture
+def echo(ports: Ports) -> Iterator[int]:
+    """Give the port of a websocket server that says everything back."""
+
+    def answer(connection: ServerConnection) -> None:
+        for message in connection:
+            connection.send(message)
+
+    with serve(answer, "127.0.0.1", port := ports.take()) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield port
+        server.shutdown()
+        thread.join()
+
+
+def test_a_websocket_route_takes_upgrades_only(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start, echo: int
+) -> None:
+    """An upgraded connection carries messages both ways, over a reload too; a plain request goes on."""
     listener = gateway.listener(port := ports.take())
-    gateway.route(listener, gateway.pool(upstream("socket").port), "ws", 1, path={"prefix": "/ws"})
+    gateway.route(listener, gateway.pool(echo), "ws", 1, path={"prefix": "/ws"})
     gateway.route(listener, gateway.pool(upstream("plain").port), priority=2)
     publish(node, gateway)
 
     assert ask(port, "/ws") == (200, "plain")
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(UPGRADE)
-        answer = connection.makefile("rb")
-        head = b"".join(iter(answer.readline, b"\r\n"))
-        connection.sendall(b"ping")
-        assert head.startswith(b"HTTP/1.1 101")
-        assert answer.read(4) == b"ping"
+    with connect(f"ws://127.0.0.1:{port}/ws/x", proxy=None) as connection:
+        connection.send("ping")
+        assert connection.recv(timeout=10) == "ping"
+        gateway.route(listener, gateway.pools[0].id, priority=3)
+        publish(node, gateway)
+        connection.send(b"pong" * 10_000)
+        assert connection.recv(timeout=10) == b"pong" * 10_000
+
+
+def test_a_websocket_is_carried_over_tls(
+    node: Node, gateway: Gateway, ports: Ports, echo: int, authority: Authority
+) -> None:
+    """The same on an https listener."""
+    gateway.route(gateway.listener(port := ports.take(), "https"), gateway.pool(echo), "ws", host="a.test")
+    node.source.put(authority.issue(1, "a.test"))
+    publish(node, gateway)
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    raw = socket.create_connection(("127.0.0.1", port), timeout=10)
+
+    with connect(f"wss://a.test:{port}/", sock=raw, ssl=trusting, proxy=None) as connection:
+        connection.send("ping")
+        assert connection.recv(timeout=10) == "ping"
 
 
 def test_a_port_route_passes_bytes(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
@@ -165,14 +202,6 @@ def test_a_pool_without_a_living_target_says_so(node: Node, gateway: Gateway, po
     assert ask(port)[0] == 503
 
 
-UPGRADE = b"""GET /ws HTTP/1.1
-Host: a.test
-Connection: Upgrade
-Upgrade: WebSocket
-Sec-WebSocket-Version: 13
-Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==
-
-""".replace(b"\n", b"\r\n")
 TOKEN = "evaGxfADs6pSRb2LAv9IZf17Dt3juxGJ-PCt92wr-oA"
 PREFIX = "/.well-known/acme-challenge/"
 
@@ -361,3 +390,71 @@ def test_a_restart_keeps_the_thumbprints(node: Node, gateway: Gateway, ports: Po
     assert node.step().unanswered == {}
     assert node.workers() == workers
     assert ask(port, PREFIX + TOKEN)[1] == f"{TOKEN}.{THUMBPRINT}"
+
+
+def test_a_name_that_does_not_resolve_keeps_nobody_waiting(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start
+) -> None:
+    """The version is served, and so is the pool by its other target; a pool without one says so."""
+    listener = gateway.listener(port := ports.take())
+    gateway.target(pool := gateway.pool(upstream("up").port), "nowhere.invalid:80")
+    gateway.route(listener, pool, priority=2)
+    gateway.target(pool := gateway.pool(), "nowhere.invalid:80")
+    gateway.route(listener, pool, priority=1, path={"exact": "/alone"})
+    gateway.responders = ("nowhere.invalid:80",)
+    publish(node, gateway)
+
+    assert {ask(port) for _ in range(10)} == {(200, "up")}
+    assert ask(port, "/alone")[0] == 503
+    assert ask(port, PREFIX + TOKEN)[0] == 503
+
+
+@pytest.mark.parametrize("kind", ["nginx"])
+def test_a_name_is_followed_to_its_new_address(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
+    """What a name resolves to is taken over while nginx runs, and kept while DNS does not answer."""
+    up = upstream("up")
+    gateway.target(pool := gateway.pool(), f"app.internal:{up.port}")
+    gateway.route(gateway.listener(port := ports.take()), pool)
+    publish(node, gateway)
+    assert ask(port)[0] == 503
+    node.hosts["app.internal"] = ("127.0.0.1",)
+
+    await_true(lambda: node.step().error is None and ask(port) == (200, "up"), "the address is used")
+    workers = node.workers()
+    node.hosts.clear()
+    assert [node.step().error for _ in range(3)] == [None] * 3
+    assert ask(port) == (200, "up")
+    assert node.workers() == workers
+
+
+class RedirectingHandler(HttpHandler):
+    """Tells nginx to go on with another of its locations."""
+
+    def handle(self) -> None:
+        self.rfile.readline()
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Accel-Redirect: //r1\r\nContent-Length: 4\r\n\r\nmine")
+
+
+def test_an_upstream_cannot_send_a_request_elsewhere(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start
+) -> None:
+    """Neither can a client ask for a location of ours."""
+    listener = gateway.listener(port := ports.take())
+    gateway.route(listener, gateway.pool(upstream("other").port), priority=1, host="other.test")
+    gateway.route(listener, gateway.pool(upstream("evil", RedirectingHandler).port, check=False), priority=2)
+    publish(node, gateway)
+
+    assert {ask(port, path) for path in ("/", "//r1", "/%2fr1", "/r1")} == {(200, "mine")}
+
+
+def test_the_upstream_sees_the_host_as_it_was_asked_for(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start
+) -> None:
+    """With the port, which it needs for links to itself."""
+    up = upstream("up")
+    gateway.route(gateway.listener(port := ports.take()), gateway.pool(up.port))
+    publish(node, gateway)
+    ask(port, host=f"a.test:{port}")
+
+    assert f"host: a.test:{port}" in up.asked[-1].lower().splitlines()
+    assert up.asked[-1].startswith("GET / HTTP/1.1")

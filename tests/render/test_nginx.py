@@ -56,7 +56,8 @@ def test_nginx_accepts_it_without_a_warning(case: str, nginx_binary: Path, autho
         module = proxy._find_build().stream_module
         config = {CONFIG: RenderedFile(print_nginx(case, name, module))}
         version = folder.write_version("1", RenderedFiles(config))
-        line = ServedFile(folder.write_certificate(render_pair(authority.issue(1, "a.test", "*.b.test"))), ("a.test",))
+        names = ("*.b.test", "a.test")
+        line = ServedFile(folder.write_certificate(render_pair(authority.issue(1, *names))), names)
         for served in (frozenset[ServedFile](), frozenset({line})):
             proxy.write_lists(Lists({None: served, uuid(41): served}, {"a.test": "x" * 43}))
             assert proxy.check(version) == ()
