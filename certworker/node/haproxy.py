@@ -137,10 +137,14 @@ class Haproxy:
         """Start the current version, and return when it serves."""
         log_end = self._process.log_end()
         self._process.spawn()
-        served = self._patience.until(lambda: self._process.ended() or self.served_number() is not None, READY_LIMIT)
+        served = self._patience.until(lambda: self._process.ended() or self._is_up(), READY_LIMIT)
         if not served or self._process.ended():
             self._process.kill()
             raise NodeError(f"haproxy does not start: {_alert(self._process.said_since(log_end))}")
+
+    def _is_up(self) -> bool:
+        # The master executes itself once more after its first worker is up, and misses signals meanwhile.
+        return self.served_number() is not None and self._processes() is not None
 
     def reload(self) -> None:
         """Make the running HAProxy take the current version over, or raise `ReloadRefused`."""

@@ -2,23 +2,39 @@
 
 import random
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
-from certworker.errors import CommandRefused, InputError, NodeError
+from certworker.errors import CommandRefused, InputError, NodeError, PairRefused
 from certworker.node.apply import preflight
 from certworker.node.folder import Folder, write_file
 from certworker.node.haproxy import Haproxy, HaproxySetup
+from certworker.node.lookup import Lookup, resolve
+from certworker.node.nginx import Nginx, NginxSetup
+from certworker.node.pairs import render_pair
 from certworker.node.patience import Patience
-from certworker.node.probe import ROUNDS, SAMPLE, Expectation, Seen, probe_tls, prove
+from certworker.node.probe import (
+    ROUNDS,
+    SAMPLE,
+    Expectation,
+    ExpectedAnswer,
+    Seen,
+    ask_challenge,
+    probe_tls,
+    prove,
+    prove_answers,
+)
 from certworker.node.runtime import RuntimeSocket
 
-from .conftest import PATIENCE, Ports, uuid
+from .conftest import LIMIT, PATIENCE, Authority, Ports, await_true, uuid
 
 
 @pytest.fixture
@@ -137,11 +153,108 @@ def test_a_missing_socket_is_named() -> None:
         RuntimeSocket(Path("/nowhere")).ask("show info")
 
 
-@pytest.mark.parametrize("binary", ["/nowhere/haproxy", "/bin/true"])
-def test_a_binary_that_is_no_haproxy_is_named(folder: Folder, binary: str) -> None:
+@pytest.mark.parametrize("binary", ["/nowhere/proxy", "/bin/true"])
+def test_a_binary_that_is_no_proxy_is_named(folder: Folder, binary: str) -> None:
     """The message says which setting to change."""
     with pytest.raises(NodeError, match=f"{binary}.*HAPROXY_BIN"):
         Haproxy(folder, HaproxySetup(Path(binary)), PATIENCE).describe()
+    with pytest.raises(NodeError, match=f"{binary}.*NGINX_BIN"):
+        Nginx(folder, NginxSetup(Path(binary)), PATIENCE).describe()
+
+
+def told_version(folder: Folder, said: str) -> Nginx:
+    """Return an nginx whose binary says this of itself."""
+    binary = folder.path / "nginx"
+    binary.write_text(f"#!/bin/sh\necho '{said}' >&2\n")
+    binary.chmod(0o700)
+    return Nginx(folder, NginxSetup(binary), PATIENCE)
+
+
+def test_an_nginx_says_how_it_was_built(folder: Folder) -> None:
+    """Its version, and where the stream module is if it has to be loaded; an old one is refused."""
+    built = "nginx version: nginx/1.30.6\nconfigure arguments: --modules-path=/m --with-stream=dynamic --with-x"
+    dynamic = told_version(folder, built)
+    assert dynamic.describe() == "nginx 1.30.6"
+    assert dynamic._find_build().stream_module == "/m/ngx_stream_module.so"
+    assert told_version(folder, built.replace("=dynamic", ""))._find_build().stream_module is None
+    with pytest.raises(NodeError, match=r"nginx 1\.18\.0 is too old"):
+        told_version(folder, "nginx version: openresty/1.18.0").describe()
+
+
+def test_a_name_is_looked_up_in_the_background() -> None:
+    """One that hangs is waited for once and not for long; what was found stays when DNS falls silent."""
+    asked, hanging = [], threading.Event()
+
+    def resolve(host: str) -> tuple[str, ...]:
+        asked.append(host)
+        if host == "hangs.test":
+            hanging.wait(LIMIT.total_seconds())
+        if asked.count(host) > 1:
+            raise OSError("DNS is away")
+        return ("192.0.2.1",)
+
+    lookup = Lookup(PATIENCE, resolve, timedelta())
+    found = lookup.addresses(["a.test", "hangs.test"], timedelta(milliseconds=50))
+    assert found == {"a.test": ("192.0.2.1",), "hangs.test": ()}
+    assert lookup.addresses(["a.test"]) == {"a.test": ("192.0.2.1",)}
+    await_true(lambda: lookup.addresses(["a.test"]) and asked.count("a.test") > 2, "it is looked up again")
+    assert lookup.addresses(["a.test"]) == {"a.test": ("192.0.2.1",)}
+    assert asked.count("hangs.test") == 1
+    hanging.set()
+
+
+def test_a_name_that_was_never_found_has_no_address() -> None:
+    """Nor is that an error, whatever the resolver says."""
+
+    def resolve(host: str) -> tuple[str, ...]:
+        raise UnicodeError("label too long")
+
+    assert Lookup(PATIENCE, resolve).addresses(["a.test"]) == {"a.test": ()}
+
+
+def test_the_machines_own_resolver_is_asked() -> None:
+    """`/etc/hosts` included."""
+    assert "127.0.0.1" in resolve("localhost")
+
+
+@pytest.mark.proxy
+def test_what_openssl_refuses_never_reaches_nginx(folder: Folder, nginx_binary: Path, authority: Authority) -> None:
+    """nginx itself would find out in a handshake, when the certificate before it is gone."""
+    proxy = Nginx(folder, NginxSetup(nginx_binary), PATIENCE)
+    weak = authority.issue(1, "a.test", key=rsa.generate_private_key(65537, 1024))
+    with pytest.raises(PairRefused, match="too weak"):
+        proxy.check_pair(folder.write_certificate(render_pair(weak)))
+    proxy.check_pair(folder.write_certificate(render_pair(authority.issue(1, "a.test"))))
+
+
+class OneAnswer(BaseHTTPRequestHandler):
+    """Answers everything with one text."""
+
+    def do_GET(self) -> None:
+        body = self.server.body  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+def test_a_wrong_answer_to_a_challenge_is_a_fault(ports: Ports) -> None:
+    """Of many names a sample is asked, and all once one of it is wrong; what was said is quoted, cut and printable."""
+    port, chance = ports.take(), random.Random(1)
+    expected = [ExpectedAnswer(port, f"{number}.test", "x" * 43) for number in range(30)]
+    assert "refused" in ask_challenge(port, "a.test", "token")
+    with HTTPServer(("127.0.0.1", port), OneAnswer) as server:
+        server.body = b"evil\n\xff" + b"z" * 5000  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        faults = prove_answers(expected, fast(), chance, timedelta())
+        server.shutdown()
+        thread.join()
+
+    assert set(faults) == {f"{number}.test" for number in range(30)}
+    assert all("evil\\n" in fault and fault.isprintable() and len(fault) < 300 for fault in faults.values())
 
 
 def test_patience_ends() -> None:
