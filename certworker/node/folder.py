@@ -6,6 +6,7 @@
     current -> versions/…   swapped by one rename
     run/                    sockets and the proxy's log
     state.json, lock        the agent's memory; one agent at a time
+    addresses.json          what names of upstreams resolved to, for nginx
 
 Every file is written beside its place, flushed, and renamed: a crash leaves the old or the new one.
 """

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 
+from certworker.core.snapshot import check_target_host
 from certworker.node.patience import Patience
 
 REFRESH = timedelta(seconds=10)
@@ -19,9 +20,17 @@ Resolve = Callable[[str], tuple[str, ...]]
 
 
 def resolve(host: str) -> tuple[str, ...]:
-    """Return the addresses of `host`, sorted, or raise `OSError`."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return tuple(sorted({str(address[0]) for *_, address in found}))
+    """Return the addresses of `host` that an upstream may have, sorted, or raise `OSError`."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    return tuple(sorted({str(address[0]) for *_, address in found if _may_be_upstream(str(address[0]))}))
+
+
+def _may_be_upstream(address: str) -> bool:
+    # Whoever has a name can let it point at a cloud's metadata service.
+    try:
+        return check_target_host(address) == address
+    except ValueError:
+        return False
 
 
 class Lookup:
@@ -34,6 +43,10 @@ class Lookup:
         self._found: dict[str, tuple[str, ...]] = {}
         self._due_at: dict[str, float] = {}
         """By the monotonic clock; infinite while a name is being looked up."""
+
+    def remember(self, found: Mapping[str, tuple[str, ...]]) -> None:
+        """Take over what was found before this process started."""
+        self._found = {**found, **self._found}
 
     def addresses(self, hosts: Iterable[str], limit: timedelta = FIRST_LIMIT) -> Mapping[str, tuple[str, ...]]:
         """Return what is known of `hosts`, none for a name that could not be resolved yet."""

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from certworker.core.snapshot import Snapshot
 from certworker.errors import CheckRefused, CommandRefused, NodeError, PairRefused, ReloadRefused
-from certworker.node.folder import Folder
+from certworker.node.folder import Folder, write_file
 from certworker.node.lookup import Lookup
 from certworker.node.machine import (
     READY_LIMIT,
@@ -66,6 +68,7 @@ _MASTER = "nginx: master process "
 _WORKER = "nginx: worker process"
 _ANSWER = re.compile(rb"\r\n\r\n(?P<number>\d+) (?P<digest>[0-9a-f]+)$")
 _KEY = "-----BEGIN PRIVATE KEY-----"
+_ADDRESSES = TypeAdapter(dict[str, tuple[str, ...]])
 
 
 def allowed_connections() -> int:
@@ -113,6 +116,8 @@ class Nginx:
         self._setup = setup
         self._patience = patience
         self._lookup = lookup or Lookup(patience)
+        self._addresses_path = folder.path / "addresses.json"
+        self._lookup.remember(_load_addresses(self._addresses_path))
         self._log = folder.run / "nginx.log"
         self._socket = folder.run / "version.sock"
         self._log.touch(mode=0o600)  # nginx would let others read it
@@ -149,6 +154,9 @@ class Nginx:
         """Print a version for this machine, with the addresses that its names resolve to now."""
         setup, build = self._setup, self._find_build()
         self._rendered = dict(self._lookup.addresses(names_to_resolve(snapshot)))
+        if self._rendered:
+            # A DNS that is away when the next agent starts takes no upstream away.
+            write_file(self._addresses_path, _ADDRESSES.dump_json(self._rendered))
         if self._taken_over is None:
             self._taken_over = self._rendered
         options = NginxOptions(
@@ -293,6 +301,14 @@ def _digest(lists: Lists) -> str:
     lines += [f"list {name}" for name in lists.certificates]
     lines += ["thumbprints"] if lists.thumbprints is not None else []
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _load_addresses(path: Path) -> dict[str, tuple[str, ...]]:
+    try:
+        found = _ADDRESSES.validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return {}
+    return {host: addresses for host, addresses in found.items() if addresses}
 
 
 def _read_pair(file: str) -> PairText:

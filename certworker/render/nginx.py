@@ -397,6 +397,7 @@ def _challenge(listener: Listener, snapshot: Snapshot, options: NginxOptions) ->
         yield 'if ($acme_thumbprint = "") { return 404 "no such challenge"; }'
         yield 'return 200 "$acme_token.$acme_thumbprint";'
     elif any(True for responder in snapshot.responders for _ in _sockets(responder, options)):
+        yield "proxy_hide_header Cache-Control;"
         yield "proxy_connect_timeout 1s;"
         yield "proxy_read_timeout 10s;"
         yield "proxy_next_upstream_tries 0;"

@@ -212,9 +212,13 @@ def test_a_name_that_was_never_found_has_no_address() -> None:
     assert Lookup(PATIENCE, resolve).addresses(["a.test"]) == {"a.test": ()}
 
 
-def test_the_machines_own_resolver_is_asked() -> None:
-    """`/etc/hosts` included."""
+def test_the_machines_own_resolver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`/etc/hosts` included; addresses that no target may have are left out."""
     assert "127.0.0.1" in resolve("localhost")
+    found = ["192.0.2.1", "169.254.169.254", "0.0.0.0", "fe80::1%eth0", "224.0.0.1", "2001:db8::1"]
+    answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in found]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
+    assert resolve("evil.test") == ("192.0.2.1", "2001:db8::1")
 
 
 @pytest.mark.proxy

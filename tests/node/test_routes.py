@@ -404,7 +404,7 @@ def test_a_name_that_does_not_resolve_keeps_nobody_waiting(
 
 @pytest.mark.parametrize("kind", ["nginx"])
 def test_a_name_is_followed_to_its_new_address(node: Node, gateway: Gateway, ports: Ports, upstream: Start) -> None:
-    """What a name resolves to is taken over while nginx runs, and kept while DNS does not answer."""
+    """What a name resolves to is taken over while nginx runs, and kept while DNS is away, by the next agent too."""
     up = upstream("up")
     gateway.target(pool := gateway.pool(), f"app.internal:{up.port}")
     gateway.route(gateway.listener(port := ports.take()), pool)
@@ -416,6 +416,9 @@ def test_a_name_is_followed_to_its_new_address(node: Node, gateway: Gateway, por
     workers = node.workers()
     node.hosts.clear()
     assert [node.step().error for _ in range(3)] == [None] * 3
+    node.agent.close()
+    node.start_agent()
+    assert node.step().error is None
     assert ask(port) == (200, "up")
     assert node.workers() == workers
 

@@ -1,0 +1,140 @@
+"""What a node costs, measured: `python -m tests.node.measure [haproxy|nginx ...]`. One line of JSON for each figure.
+
+With 1, 1,000 and 10,000 certificates: start from nothing and proof of each, a hot swap of one, memory,
+a restart of the agent. Then 100 publishes under load. Seconds and MiB; the proxies and the load share
+the machine with the agent, so read the figures as ratios.
+"""
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+from .conftest import Authority, Gateway, HttpHandler, Load, Node, Ports, Upstream
+
+COUNTS = (1, 1_000, 10_000)
+SWAPS = 5
+PUBLISHES = 100
+
+
+def say(kind: str, **figures: object) -> None:
+    print(json.dumps({"proxy": kind} | figures), flush=True)
+
+
+def seconds(act: Callable[[], object]) -> float:
+    start = time.monotonic()
+    act()
+    return round(time.monotonic() - start, 3)
+
+
+def memory() -> float:
+    """Return what this process holds, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * resource.getpagesize() / 2**20, 1)
+
+
+@contextmanager
+def make_node(kind: str) -> Iterator[Node]:
+    binary = shutil.which(kind, path=f"{os.environ['PATH']}:/usr/sbin")
+    path = Path(mkdtemp(prefix="certworker-measure-"))
+    node = Node(path, kind, Path(binary or kind))
+    try:
+        yield node
+    finally:
+        node.agent.stop()
+        node.agent.close()
+        shutil.rmtree(path)
+
+
+def sound_step(node: Node) -> None:
+    heartbeat = node.step()
+    assert (heartbeat.error, heartbeat.unserved) == (None, {}), heartbeat
+
+
+def measure_certificates(kind: str, count: int, ports: Ports) -> None:
+    authority, gateway = Authority(), Gateway()
+    gateway.listener(ports.take(), "https")
+    with make_node(kind) as node:
+        for number in range(count):
+            node.source.put(authority.issue(number, f"{number}.a.test"))
+        node.source.publish(gateway.snapshot())
+        before = memory()
+        start = seconds(lambda: sound_step(node))
+        swaps = []
+        for _ in range(SWAPS):
+            node.source.put(authority.issue(0, "0.a.test"))
+            swaps.append(seconds(lambda: sound_step(node)))
+        say(
+            kind, certificates=count, start=start, swap=statistics.median(swaps), swap_worst=max(swaps),
+            agent_mib=round(memory() - before, 1),
+            agent_peak_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 1),
+        )  # fmt: skip
+        node.agent.close()
+        node.start_agent()
+        say(kind, certificates=count, agent_restart=seconds(lambda: sound_step(node)))
+
+
+def measure_publishes(kind: str, ports: Ports) -> None:
+    authority, gateway = Authority(), Gateway()
+    upstream = Upstream(ports.take(), "up", HttpHandler)
+    with make_node(kind) as node:
+        loads = [Load(ports.take()), Load(ports.take(), tls=True)]
+        pool = gateway.pool(upstream.port)
+        listeners = [gateway.listener(load.port, "https" if load.tls else "http") for load in loads]
+        for listener in listeners:
+            gateway.route(listener, pool)
+        node.source.put(authority.issue(0, "a.test"))
+        node.source.publish(gateway.snapshot())
+        sound_step(node)
+        over = threading.Event()
+        clients = [threading.Thread(target=load.run, args=(over,)) for load in loads]
+        for client in clients:
+            client.start()
+        times = []
+        for number in range(PUBLISHES):
+            gateway.route(listeners[0], pool, path={"exact": f"/{number}"})
+            node.source.publish(gateway.snapshot())
+            times.append(seconds(lambda: sound_step(node)))
+        over.set()
+        for client in clients:
+            client.join()
+        faults = [fault for load in loads for fault in load.faults]
+        say(
+            kind, publishes=PUBLISHES, publish=statistics.median(times), publish_worst=max(times),
+            requests=sum(load.answers for load in loads), failed=len(faults), first_faults=faults[:3],
+        )  # fmt: skip
+    upstream.stop()
+
+
+def measure_quiet_publish(kind: str, ports: Ports) -> None:
+    gateway = Gateway()
+    listener = gateway.listener(ports.take())
+    pool = gateway.pool(ports.take())
+    with make_node(kind) as node:
+        times = []
+        for number in range(10):
+            gateway.route(listener, pool, path={"exact": f"/{number}"})
+            node.source.publish(gateway.snapshot())
+            times.append(seconds(lambda: sound_step(node)))
+        say(kind, first_publish=times[0], publish_without_load=statistics.median(times[1:]))
+
+
+def main() -> None:
+    ports = Ports(29000, 30000)
+    for kind in sys.argv[1:] or ("haproxy", "nginx"):
+        for count in COUNTS:
+            measure_certificates(kind, count, ports)
+        measure_quiet_publish(kind, ports)
+        measure_publishes(kind, ports)
+
+
+if __name__ == "__main__":
+    main()
