@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 
-from certworker.core.snapshot import check_target_host
+from certworker.core.addresses import check_target_host
 from certworker.node.patience import Patience
 
 REFRESH = timedelta(seconds=10)
