@@ -39,16 +39,14 @@ from certworker.node.machine import (
 from certworker.node.patience import Patience
 from certworker.node.state import Lists
 from certworker.render.files import RenderedFiles, names_to_resolve
-from certworker.render.nginx import (
-    CONFIG,
+from certworker.render.nginx import CONFIG, NginxOptions, render_nginx
+from certworker.render.nginx_lists import (
     MARK,
     THUMBPRINTS,
-    NginxOptions,
     PairText,
     maps_name,
     render_certificates,
     render_mark,
-    render_nginx,
     render_thumbprints,
     server_name,
 )

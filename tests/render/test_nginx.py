@@ -18,16 +18,8 @@ from certworker.node.pairs import render_pair
 from certworker.node.patience import Patience
 from certworker.node.state import Lists
 from certworker.render.files import RenderedFile, RenderedFiles, ServedFile
-from certworker.render.nginx import (
-    CONFIG,
-    NginxOptions,
-    PairText,
-    literal,
-    quote,
-    render_certificates,
-    render_nginx,
-    render_thumbprints,
-)
+from certworker.render.nginx import CONFIG, NginxOptions, render_nginx
+from certworker.render.nginx_lists import PairText, literal, quote, render_certificates, render_thumbprints
 from tests.node.conftest import Authority, uuid
 
 from .golden import CASES, GOLDEN, load, print_nginx
