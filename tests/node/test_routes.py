@@ -25,6 +25,8 @@ def publish(node: Node, gateway: Gateway) -> None:
     assert (heartbeat.error, heartbeat.warnings) == (None, ())
 
 
+PRINTABLE = "/" + "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in "%?#/")
+PUNCTUATION = "/" + "".join(f"\\{character}" for character in "!\"$&'()*+,-.:;<=>@[\\]^_`{|}~")
 MATCHES: list[tuple[dict[str, Any], str, str, bool]] = [
     ({}, "/any", "any.test", True),
     ({"host": "a.test"}, "/", "A.Test.:80", True),
@@ -36,6 +38,13 @@ MATCHES: list[tuple[dict[str, Any], str, str, bool]] = [
     ({"path": {"exact": "/api"}}, "/api?q=1", "a.test", True),
     ({"path": {"exact": "/api"}}, "/api/", "a.test", False),
     ({"path": {"exact": "/a'p\"i $HOME".replace(" ", "")}}, "/a'p\"i$HOME", "a.test", True),
+    ({"path": {"exact": PRINTABLE}}, PRINTABLE, "a.test", True),
+    ({"path": {"exact": PRINTABLE}}, PRINTABLE + "x", "a.test", False),
+    ({"path": {"prefix": PRINTABLE}}, PRINTABLE + "/x", "a.test", True),
+    ({"path": {"regex": PUNCTUATION}}, PUNCTUATION.replace("\\", "").replace("[]", "[\\]"), "a.test", True),
+    ({"path": {"regex": "^/a$|/b$"}}, "/a", "a.test", True),
+    ({"path": {"regex": "^/a$|/b$"}}, "/a/b", "a.test", False),
+    ({"path": {"regex": "a.*"}}, "/x", "a.test", False),
     ({"path": {"prefix": "/api"}}, "/api", "a.test", True),
     ({"path": {"prefix": "/api"}}, "/api/x", "a.test", True),
     ({"path": {"prefix": "/api"}}, "/%61pi/x", "a.test", True),
