@@ -452,7 +452,7 @@ def ask(port: int, path: str = "/", host: str = "a.test", method: str = "GET") -
         return exchange(connection, path, host, method)
 
 
-def ask_tls(port: int, sni: str, host: str) -> tuple[int, str]:
+def ask_tls(port: int, sni: str, host: str, path: str = "/") -> tuple[int, str]:
     """Send one HTTPS request, trusting anybody, and return status and body."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -460,7 +460,7 @@ def ask_tls(port: int, sni: str, host: str) -> tuple[int, str]:
         socket.create_connection(("127.0.0.1", port), timeout=LIMIT.total_seconds()) as plain,
         context.wrap_socket(plain, server_hostname=sni) as connection,
     ):
-        return exchange(connection, "/", host, "GET")
+        return exchange(connection, path, host, "GET")
 
 
 def exchange(connection: socket.socket, path: str, host: str, method: str) -> tuple[int, str]:

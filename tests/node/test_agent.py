@@ -565,3 +565,24 @@ def test_a_chain_of_any_length_is_served(https_node: tuple[Node, int], authority
 
     assert node.step().unserved == {}
     assert probe_tls(port, names[-1]).fingerprint == certificate.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["haproxy"])
+def test_a_node_may_change_its_proxy(https_node: tuple[Node, int], authority: Authority, nginx_binary: Path) -> None:
+    """What HAProxy served is served by nginx, from the same folder, and nothing of the old one's lists is left."""
+    node, port = https_node
+    certificate = authority.issue(1, "a.test")
+    node.source.put(certificate)
+    node.step()
+    node.agent.stop()
+    node.agent.close()
+    node.kind, node.binary = "nginx", nginx_binary
+    node.start_agent()
+
+    heartbeat = node.step()
+    node.source.put(authority.issue(2, "b.test"))
+    node.step()
+
+    assert (heartbeat.error, heartbeat.version_number, heartbeat.proxy[:5]) == (None, 1, "nginx")
+    assert probe_tls(port, "a.test").fingerprint == certificate.fingerprint
+    assert {path.suffix for path in node.folder.lists.iterdir()} == {".conf"}

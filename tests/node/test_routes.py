@@ -12,7 +12,18 @@ import pytest
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
-from .conftest import Authority, EchoHandler, Gateway, HttpHandler, Node, Ports, Upstream, ask, await_true
+from .conftest import (
+    Authority,
+    EchoHandler,
+    Gateway,
+    HttpHandler,
+    Node,
+    Ports,
+    Upstream,
+    ask,
+    ask_tls,
+    await_true,
+)
 
 pytestmark = pytest.mark.proxy
 
@@ -338,6 +349,22 @@ def test_a_stateless_answer_cannot_be_taken_for_something_else(node: Node, gatew
 
     assert {b"content-type: text/plain", b"cache-control: no-store", b"x-content-type-options: nosniff"} <= set(head)
     assert ask(port, PREFIX + TOKEN, "a.test", "HEAD") == (200, "")
+
+
+def test_each_listener_answers_in_its_own_way(
+    node: Node, gateway: Gateway, ports: Ports, upstream: Start, authority: Authority
+) -> None:
+    """One asks the responder and one does not; a CA that is redirected to https is answered there too."""
+    responder = upstream("responder")
+    gateway.responders = (f"127.0.0.1:{responder.port}",)
+    gateway.listener(forward := ports.take())
+    gateway.listener(secure := ports.take(), "https", challenge="stateless")
+    node.source.put(authority.issue(1, "a.test"))
+    stateless_node(node, gateway, stateless := ports.take(), "a.test")
+
+    assert ask(forward, PREFIX + TOKEN) == (200, "responder")
+    assert ask(stateless, PREFIX + TOKEN) == (200, f"{TOKEN}.{THUMBPRINT}")
+    assert ask_tls(secure, "a.test", "a.test", PREFIX + TOKEN) == (200, f"{TOKEN}.{THUMBPRINT}")
 
 
 def test_thumbprints_come_change_and_go_while_it_runs(node: Node, gateway: Gateway, ports: Ports) -> None:
