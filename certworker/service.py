@@ -33,6 +33,7 @@ from certworker.steps.session import Session
 from certworker.steps.verify import verify
 from certworker.store import issuances, report, settings_kv, workers
 from certworker.store.database import Transaction
+from certworker.store.listen import COUNTERS
 from certworker.store.rows import new_id
 from certworker.wiring import App
 
@@ -203,8 +204,7 @@ class Service:
             _log.warning("publish.warning", extra={"warning": warning})
         if done.version is not None and done.changed:
             _log.info("version.published", extra={"number": done.version.number})
-        if self._node is not None:
-            self._node.poke()
+        self._wake_nodes()
 
     def _verify(self) -> None:
         served = verify(self._app.db, self._app.clock, self._app.settings.node_silent)
@@ -241,11 +241,17 @@ class Service:
     # -- events ---------------------------------------------------------------------------------------
 
     def _told(self, table: str) -> None:
-        """Something was written that waits for a worker."""
+        """Something was written that waits for a worker, or for a node."""
         if table == "issuances":
             self._crew.poke()
+        elif table == COUNTERS:
+            self._wake_nodes()
         elif not self._stopping.is_set():
             self._timetable.run_soon("reconcile")
+
+    def _wake_nodes(self) -> None:
+        if self._node is not None:
+            self._node.poke()
 
     def _beaten(self, db_now: datetime | None) -> None:
         """Follow the database's clock; what waits for a time that will not come looks now."""
@@ -264,8 +270,7 @@ class Service:
             _log.info(f"issuance.{row.state}", extra=fields)
         if row.state == State.DONE:
             self._timetable.run_soon("refresh_ari")
-            if self._node is not None:
-                self._node.poke()
+            self._wake_nodes()
         if self._moved_hook is not None:
             self._moved_hook(session)
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from certworker.ca.client import Client, ExternalAccount
 from certworker.ca.transport import Transport
 from certworker.clock import DatabaseClock, system_clock
-from certworker.core.certificate import normalise_pair
+from certworker.core.delivery import EVERYTHING, collect_changes
 from certworker.core.gateway import Defaults
-from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat, NodeCertificate
+from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat
 from certworker.core.snapshot import read_snapshot
-from certworker.errors import CertworkerError, InputError, SealError, SettingsError
+from certworker.errors import CertworkerError, SealError, SettingsError
 from certworker.node.agent import Agent
 from certworker.node.apply import Proxy
 from certworker.node.control import PublishedVersion
@@ -34,22 +34,18 @@ from certworker.node.patience import Patience
 from certworker.resolver import look_up, look_up_caa
 from certworker.responder import Responder
 from certworker.settings import Settings
+from certworker.steps.deliver import read_changes
 from certworker.steps.gate import Gate
 from certworker.steps.reconcile import Wanted
 from certworker.steps.register import Accounts, Registration
 from certworker.steps.session import Bench, Session
 from certworker.store import (
-    certificates,
     challenges,
-    counters,
-    lineages,
     nodes,
-    policies,
     settings_kv,
     versions,
     workers,
 )
-from certworker.store.certificates import StoredCertificate
 from certworker.store.database import (
     SCHEMA_REVISION,
     Database,
@@ -64,7 +60,6 @@ from certworker.store.role import Place, WorkerRole
 from certworker.store.seal import Sealer, make_kek, read_kek
 
 _KEK_WORD = "certworker"
-_PAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,46 +289,16 @@ class DatabaseSource:
         return PublishedVersion(found.id, found.number or 0, read_snapshot(found.snapshot_json))
 
     def changes_after(self, cursor: Cursor) -> CertificateChanges:
-        return self._app.db.read(lambda tx: self._changes(tx, cursor))
+        db, sealer = self._app.db, self._app.sealer
+        return collect_changes(
+            lambda after, continued: db.read(
+                lambda tx: read_changes(tx, sealer, after, EVERYTHING, continued=continued)
+            ),
+            cursor,
+        )
 
     def report(self, heartbeat: Heartbeat) -> None:
         self._app.db.write(lambda tx: nodes.record(tx, heartbeat, f"certworker {version('certworker')}"))
-
-    def _changes(self, tx: Transaction, cursor: Cursor) -> CertificateChanges:
-        epoch = counters.value(tx, counters.EPOCH)
-        complete = cursor.epoch != epoch
-        after = 0 if complete else cursor.revision
-        # The counter first: what commits between the two statements is delivered twice then, not never.
-        newest = counters.value(tx, counters.REVISION)
-        page = certificates.changed_since(tx, after, None if complete else _PAGE)
-        removed = [] if complete else certificates.removed_since(tx, after)
-        more = not complete and len(page) == _PAGE
-        end = (page[-1].revision or after) if more else newest
-        served = [certificate for certificate in page if certificate.status == "active"]
-        gone = {certificate.id for certificate in page if certificate.status != "active"}
-        gone |= {certificate_id for certificate_id, revision in removed if revision <= end}
-        changed = tuple(one for certificate in served if (one := self._open(tx, certificate)) is not None)
-        return CertificateChanges(Cursor(epoch, end), changed, frozenset(gone), complete)
-
-    def _open(self, tx: Transaction, certificate: StoredCertificate) -> NodeCertificate | None:
-        try:
-            key_pem = self._app.sealer.open(
-                certificate.key_pem, table="certificates", column="key_pem", row_id=certificate.id
-            )
-            chain_pem, key_pem = normalise_pair(certificate.cert_pem, key_pem)
-        except (SealError, InputError):
-            return None  # reconcile flips it to `error` when the row is noted
-        linked = set(lineages.policy_ids(tx, certificate.lineage_id)) if certificate.lineage_id else set()
-        return NodeCertificate(
-            certificate.id, frozenset(linked or _naming_policies(tx, certificate)), tuple(certificate.dns_names or ()),
-            chain_pem, key_pem, certificate.fingerprint or "", certificate.expires_at, certificate.revision or 0,
-            wanted=bool(linked) or certificate.lineage_id is None,
-        )  # fmt: skip
-
-
-def _naming_policies(tx: Transaction, certificate: StoredCertificate) -> set[str]:
-    """Return the policies that name what this certificate is for: it may serve for them until theirs is there."""
-    return {policy.id for name in certificate.dns_names or () for policy in policies.wanting(tx, name)}
 
 
 def _find_binary(named: Path | None, name: str, setting: str) -> Path:

@@ -21,7 +21,7 @@ def test_what_commits_during_a_look_is_delivered_by_the_next(db: Database, monke
     first = source.changes_after(Cursor())
     original, once = certificates.changed_since, []
 
-    def meanwhile(tx: Connection, revision: int, limit: int | None) -> Any:
+    def meanwhile(tx: Connection, revision: int, limit: int) -> Any:
         page = original(tx, revision, limit)
         if not once:
             once.append(True)

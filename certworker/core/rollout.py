@@ -2,7 +2,8 @@
 
 Versions and certificates travel separately: a renewal never makes a version. A node asks for
 everything after its cursor `(epoch, revision)`; revisions are committed in order, so it misses
-nothing. A restore from backup raises the epoch, and the node then starts from nothing.
+nothing. A restore from backup raises the epoch, and a node that serves other policies than before
+has another scope; it then starts from nothing.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ class Cursor:
 
     epoch: int = 0
     revision: int = 0
+    scope: str = ""
+    """The tag of the `core.delivery.Scope` that the certificates were chosen by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class CertificateChanges:
     """DNS name -> thumbprint of the account key (RFC 7638) that challenges for it are answered with."""
     removed_hosts: frozenset[str] = frozenset()
     """DNS names whose challenges are answered no longer."""
+    more: bool = False
+    """True if this is a page, and there is more after `cursor`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,8 +153,8 @@ def unexpired(tx: Connection, now: datetime, limit: int) -> list[StoredCertifica
     return [to_value(StoredCertificate, row) for row in tx.execute(query)]
 
 
-def changed_since(tx: Connection, revision: int, limit: int | None) -> list[StoredCertificate]:
-    """Return what changed after `revision`, in its order: a page of it, or (None) all."""
+def changed_since(tx: Connection, revision: int, limit: int) -> list[StoredCertificate]:
+    """Return a page of what changed after `revision`, in its order."""
     query = select(*_COLUMNS).where(certificates.c.revision > revision).order_by(certificates.c.revision).limit(limit)
     return [to_value(StoredCertificate, row) for row in tx.execute(query)]
 
@@ -174,5 +174,11 @@ def record_removed(tx: Connection, certificate_id: str, now: datetime) -> None:
 
 
 def forget_removed(tx: Connection, before: datetime) -> int:
-    """Delete tombstones older than `before`; return how many."""
-    return tx.execute(delete(removed_certificates).where(removed_certificates.c.removed_at < before)).rowcount
+    """Delete tombstones older than `before`; return how many.
+
+    A node whose cursor is older than the newest of them would miss it: `counters.FORGOTTEN` tells.
+    """
+    old = delete(removed_certificates).where(removed_certificates.c.removed_at < before)
+    gone = list(tx.execute(old.returning(removed_certificates.c.revision)).scalars())
+    counters.raise_to(tx, counters.FORGOTTEN, max(gone, default=0))
+    return len(gone)

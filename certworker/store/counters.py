@@ -16,6 +16,8 @@ CONFIG_VERSION = "config_version"
 EPOCH = "epoch"
 _SKIPPED = 10_000
 """Versions; more than anybody publishes between two backups."""
+FORGOTTEN = "forgotten"
+"""Tombstones up to this revision may be gone: a cursor before it has to start from the whole."""
 
 
 def next_value(tx: Connection, name: str, steps: int = 1) -> int:
@@ -42,3 +44,8 @@ def lock(tx: Connection, name: str) -> None:
 def value(tx: Connection, name: str) -> int:
     """Return the counter as it stands."""
     return int(tx.execute(select(counters.c.value).where(counters.c.name == name)).scalar_one())
+
+
+def raise_to(tx: Connection, name: str, least: int) -> None:
+    """See that the counter is at least so high."""
+    tx.execute(update(counters).where(counters.c.name == name, counters.c.value < least).values(value=least))

@@ -210,6 +210,16 @@ def policy_ids(tx: Connection, lineage_id: str) -> list[str]:
     return sorted(tx.execute(query).scalars())
 
 
+def policy_ids_of(tx: Connection, lineage_ids: Iterable[str]) -> dict[str | None, list[str]]:
+    """Return the same for many lineages, by lineage id; those that no policy names are left out."""
+    found: dict[str | None, list[str]] = {}
+    for page in pages(sorted(lineage_ids)):
+        query = select(policy_lineages.c.lineage_id, policy_lineages.c.policy_id)
+        for lineage_id, policy_id in tx.execute(query.where(policy_lineages.c.lineage_id.in_(page))):
+            found.setdefault(lineage_id, []).append(policy_id)
+    return found
+
+
 def due(tx: Connection, now: datetime, limit: int) -> list[Lineage]:
     """Return what the scan has to look at by `now`, longest due first. Costs what is due, not what exists."""
     query = (

@@ -19,8 +19,9 @@ from certworker.store.database import driver_arguments, first_line
 _log = logging.getLogger(__name__)
 
 CHANNEL = "certworker"
-TABLES = frozenset({"issuances", "changes"})
-"""What notices say: a row was inserted here."""
+COUNTERS = "counters"
+TABLES = frozenset({"issuances", "changes", COUNTERS})
+"""What notices say: a row was inserted here, or a counter raised."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 10.0
 """Seconds between two tries to connect; each is twice as long as the one before."""

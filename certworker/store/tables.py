@@ -523,3 +523,34 @@ settings_kv = _table(
     Column("key", Text, primary_key=True),
     Column("value", Text, nullable=False),
 )
+
+nodes = _table(
+    "nodes",
+    _id(),
+    Column("name", Text, nullable=False),
+    # SHA-256, in hex: the token itself is a random 256 bits that only the node keeps.
+    Column("token_hash", Text, nullable=False),
+    Column("canary", Boolean, nullable=False, server_default=text("false")),
+    Column("enrolled_at", UtcTime, nullable=False, server_default=server_time()),
+    Column("removed_at", UtcTime),
+    Index(
+        "uq_nodes_name",
+        "name",
+        unique=True,
+        sqlite_where=text("removed_at IS NULL"),
+        postgresql_where=text("removed_at IS NULL"),
+    ),
+)
+
+enrolments = _table(
+    "enrolments",
+    _id(),
+    Column("name", Text, nullable=False),
+    Column("secret_hash", Text, nullable=False),
+    Column("canary", Boolean, nullable=False, server_default=text("false")),
+    Column("expires_at", UtcTime, nullable=False),
+    # The node that was enrolled with it. NULL: it has not been used.
+    Column("node_id", UuidText),
+    Index(None, "name"),
+    Index(None, "expires_at"),
+)

@@ -418,7 +418,7 @@ def test_every_change_of_a_certificate_has_a_revision(db: Database, lineage_id: 
     db.write(lambda tx: certificates.describe(tx, b, leaf_of("b.test", "03"), "key", NOW))
     db.write(lambda tx: certificates.record_removed(tx, CERTIFICATE, NOW))
 
-    def since(revision: int, limit: int | None = None) -> list[tuple[str, int | None]]:
+    def since(revision: int, limit: int = 10) -> list[tuple[str, int | None]]:
         return [(c.id, c.revision) for c in db.read(lambda tx: certificates.changed_since(tx, revision, limit))]
 
     assert since(0) == [(a, 3), (b, 4)]
