@@ -12,6 +12,12 @@
     │   ├── SchemaError             its schema does not fit this release
     │   └── SealError               a sealed value cannot be opened, or the key-encryption key is missing
     ├── LeaseLost                   another worker owns this issuance now: stop, send nothing more
+    ├── TokenUnknown                no node has the token that was shown
+    ├── NodeRemoved                 the node that has it belongs to the fleet no more
+    ├── EnrolmentRefused            a one-time token that is unknown, used or too old
+    ├── ControlPlaneError           the node API could not be asked, or said no; the proxy serves on
+    │   ├── WrongControlPlane       its key is not the one that was pinned: nothing was sent
+    │   └── NodeRefused             it does not, or no longer, take this machine for a node
     ├── NodeError                   a proxy refused a configuration, or cannot be run
     │   ├── FolderHeld              another agent works in this node's folder
     │   ├── PairRefused             a certificate and its key that must not reach a proxy
@@ -104,6 +110,30 @@ class SealError(StoreError):
 
 class LeaseLost(CertworkerError):
     """Another worker owns this issuance now."""
+
+
+class TokenUnknown(CertworkerError):
+    """No node has the token that was shown."""
+
+
+class NodeRemoved(CertworkerError):
+    """The node that has the token was removed from the fleet."""
+
+
+class EnrolmentRefused(CertworkerError):
+    """A one-time token is unknown, used, or too old."""
+
+
+class ControlPlaneError(CertworkerError):
+    """The node API could not be asked, or its answer could not be used; asking again may help."""
+
+
+class WrongControlPlane(ControlPlaneError):
+    """Whoever answered does not have the key that was pinned at the enrolment; nothing was sent."""
+
+
+class NodeRefused(ControlPlaneError):
+    """The node API knows this machine not, or no more: a person has to enrol it."""
 
 
 class NodeError(CertworkerError):

@@ -76,6 +76,7 @@ class Service:
             self._responder = wiring.make_responder(app, self._crew.fetched)
             self._node = EmbeddedNode(agent, self._verify) if (agent := wiring.make_agent(app)) is not None else None
             self._timetable = Timetable(self._jobs())
+            self._node_api = wiring.make_node_api(app)
             self._api = ApiServer(app.settings.api_listen, self, app.settings.scan_interval)
         except BaseException:
             self._give_up_locks()
@@ -93,6 +94,8 @@ class Service:
             self._announced = True
             if self._app.settings.auto_publish == "on":
                 self._publish(always=True)
+            if self._node_api is not None:
+                self._node_api.start()
             if self._node is not None:
                 self._node.start()
             self._crew.start()
@@ -113,6 +116,8 @@ class Service:
             last.callback(self._leave)
             last.callback(self._api.stop)
             last.callback(self._responder.stop)
+            if self._node_api is not None:
+                last.callback(self._node_api.stop)
             if self._node is not None:
                 last.callback(self._node.stop)
             last.callback(self._crew.stop)
@@ -250,6 +255,8 @@ class Service:
             self._timetable.run_soon("reconcile")
 
     def _wake_nodes(self) -> None:
+        if self._node_api is not None:
+            self._node_api.poke()
         if self._node is not None:
             self._node.poke()
 

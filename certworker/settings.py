@@ -150,6 +150,8 @@ class Settings(BaseModel):
         default_factory=socket.gethostname
     )
     node_silent_secs: Seconds = 60
+    node_listen: Address | None = None
+    node_url: Annotated[str, AfterValidator(_https)] | None = None
     auto_publish: Literal["on", "off"] = "on"
     on_bad_row: Literal["refuse", "leave_out"] = "refuse"
     dns_resolver: Address | None = None

@@ -6,16 +6,15 @@ does not pay for what a long one uses.
 
 import hashlib
 import os
-import platform
 import pwd
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
+from certworker.api.node import NodeApi, make_tls
 from certworker.ca.client import Client, ExternalAccount
 from certworker.ca.transport import Transport
 from certworker.clock import DatabaseClock, system_clock
@@ -25,17 +24,17 @@ from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat
 from certworker.core.snapshot import read_snapshot
 from certworker.errors import CertworkerError, SealError, SettingsError
 from certworker.node.agent import Agent
-from certworker.node.apply import Proxy
 from certworker.node.control import PublishedVersion
 from certworker.node.folder import Folder
-from certworker.node.haproxy import Haproxy, HaproxySetup
-from certworker.node.nginx import Nginx, NginxSetup
 from certworker.node.patience import Patience
+from certworker.outpost import make_proxy
 from certworker.resolver import look_up, look_up_caa
 from certworker.responder import Responder
 from certworker.settings import Settings
 from certworker.steps.deliver import read_changes
+from certworker.steps.fleet import Fleet
 from certworker.steps.gate import Gate
+from certworker.steps.identity import take_identity
 from certworker.steps.reconcile import Wanted
 from certworker.steps.register import Accounts, Registration
 from certworker.steps.session import Bench, Session
@@ -254,26 +253,24 @@ def make_responder(app: App, on_fetch: Callable[[str], object]) -> Responder:
     )
 
 
+def make_node_api(app: App) -> NodeApi | None:
+    """Return the node API, not started; None without NODE_LISTEN."""
+    s = app.settings
+    if s.node_listen is None:
+        return None
+    identity = take_identity(app.db, app.sealer)
+    tls = make_tls(identity.certificate_pem, identity.key_pem)
+    return NodeApi(s.node_listen, Fleet(app.db, app.sealer, app.clock, s.node_silent), tls)
+
+
 def make_agent(app: App) -> Agent | None:
     """Return the embedded node's agent, None if this machine has no proxy to manage."""
     s = app.settings
     if s.embedded_node == "none":
         return None
     folder, patience = Folder(s.data_dir / "node"), Patience()
-    make_proxy = _make_haproxy if s.embedded_node == "haproxy" else _make_nginx
-    proxy = make_proxy(s, folder, patience)
+    proxy = make_proxy(s.embedded_node, s, folder, patience)
     return Agent(s.node_name, DatabaseSource(app), folder, proxy, patience, random.SystemRandom())
-
-
-def _make_haproxy(settings: Settings, folder: Folder, patience: Patience) -> Proxy:
-    user = _existing_user("haproxy")
-    binary = _find_binary(settings.haproxy_bin, "haproxy", "HAPROXY_BIN")
-    return Haproxy(folder, HaproxySetup(binary, user=user, group=user), patience)
-
-
-def _make_nginx(settings: Settings, folder: Folder, patience: Patience) -> Proxy:
-    user = _existing_user("nginx") or _existing_user("www-data")
-    return Nginx(folder, NginxSetup(_find_binary(settings.nginx_bin, "nginx", "NGINX_BIN"), user=user), patience)
 
 
 class DatabaseSource:
@@ -299,23 +296,6 @@ class DatabaseSource:
 
     def report(self, heartbeat: Heartbeat) -> None:
         self._app.db.write(lambda tx: nodes.record(tx, heartbeat, f"certworker {version('certworker')}"))
-
-
-def _find_binary(named: Path | None, name: str, setting: str) -> Path:
-    found = named or shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
-    if not found:
-        raise SettingsError(f"EMBEDDED_NODE={name}, but there is no {name} on the PATH: install it or set {setting}")
-    return Path(found)
-
-
-def _existing_user(name: str) -> str | None:
-    """Return the user a proxy started by root gives up its rights to."""
-    if os.geteuid() != 0 or platform.system() != "Linux":
-        return None
-    try:
-        return pwd.getpwnam(name).pw_name
-    except KeyError:
-        return None
 
 
 def _refuse_new_key_for_old_database(db: Database, kek_file: Path) -> None:

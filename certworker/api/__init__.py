@@ -1,1 +1,1 @@
-"""HTTP entrance for operators: health, readiness, metrics."""
+"""HTTP entrances: health, readiness, metrics for operators; the node API for gateway machines."""

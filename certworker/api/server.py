@@ -4,59 +4,28 @@ Healthy means that the process answers; ready means that it can work: the databa
 runs.
 """
 
-import socket
-import threading
 from datetime import datetime, timedelta
 
-import uvicorn
 from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from certworker.api.metrics import Facts, FactsCollector
-from certworker.errors import CertworkerError, StoreError
+from certworker.api.serve import Server
+from certworker.errors import StoreError
 
 _LATE_SCANS = 3
-_STOP_LIMIT = 5.0
 
 
 class ApiServer:
-    """The HTTP API in a thread of its own."""
+    """The HTTP API for operators."""
 
     def __init__(self, listen: str, facts: Facts, scan_interval: timedelta) -> None:
-        self._listen = listen
         self._facts = facts
         self._patience = max(scan_interval * _LATE_SCANS, timedelta(seconds=30))
-        config = uvicorn.Config(self._app(), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30)
-        self._server = uvicorn.Server(config)
-        self._thread: threading.Thread | None = None
-        self._socket: socket.socket | None = None
-
-    def start(self) -> None:
-        """Listen; CertworkerError if the address cannot be had."""
-        host, _, port = self._listen.rpartition(":")
-        host = host.strip("[]")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            self._socket = socket.create_server((host, int(port)), family=family)
-        except OSError as error:
-            reason = str(error.strerror).partition(" (while")[0]
-            raise CertworkerError(
-                f"cannot listen for the API on {self._listen}: {reason}; "
-                "stop the program that holds it, or set API_LISTEN to another address"
-            ) from None
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="api", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop listening; repeating it is harmless."""
-        self._server.should_exit = True
-        if self._thread is not None:
-            self._thread.join(_STOP_LIMIT)
-            self._thread = None
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        self._server = Server(listen, "API_LISTEN", self._app(), lifespan="off")
+        self.start = self._server.start
+        self.stop = self._server.stop
 
     def _app(self) -> FastAPI:
         app = FastAPI(title="certworker", docs_url=None, redoc_url=None, openapi_url=None)

@@ -25,6 +25,8 @@ _COMMANDS = {
     "policy": ("policy", "TLS policies: which names are wanted."),
     "account": ("account", "ACME accounts: what orders are made with."),
     "config": ("config", "The gateway's tables as one document, and its versions."),
+    "node": ("node", "The gateway machines of the fleet."),
+    "agent": ("agent", "A node on a gateway machine, until SIGTERM."),
     "status": ("status", "Where everything stands."),
     "demo": ("demo", "The main job on Pebble and HAProxy on this machine."),
 }

@@ -6,7 +6,7 @@ for more than that gets no more.
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from certworker.core.rollout import CertificateChanges, Cursor
 from certworker.core.snapshot import Snapshot
@@ -45,6 +45,15 @@ def scope_of(snapshots: Iterable[Snapshot]) -> Scope:
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """A gateway machine that was enrolled."""
+
+    id: str
+    name: str
+    canary: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Canary:
     """A node that gets a version before the others."""
 
@@ -72,6 +81,27 @@ def why_held_back(version_id: str, canaries: Iterable[Canary]) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the control plane is: what a waiting node compares with where it is itself."""
+
+    published_id: str | None
+    """The config version that is published, None before the first one."""
+    released_id: str | None
+    """The version for nodes that are no canaries."""
+    epoch: int
+    revision: int
+
+    def version_id(self, *, canary: bool) -> str | None:
+        """Return which version a node is to serve."""
+        return self.published_id if canary else self.released_id
+
+    def is_news(self, version_id: str | None, cursor: Cursor, *, canary: bool) -> bool:
+        """Say whether there is something for a node that has this version and stands at `cursor`."""
+        wanted = self.version_id(canary=canary)
+        return wanted not in (None, version_id) or (self.epoch, self.revision) != (cursor.epoch, cursor.revision)
+
+
 def collect_changes(read: Callable[[Cursor, bool], CertificateChanges], cursor: Cursor) -> CertificateChanges:
     """Return everything after `cursor` as one, from as many pages as there are.
 
@@ -90,5 +120,13 @@ def collect_changes(read: Callable[[Cursor, bool], CertificateChanges], cursor: 
 def _joined(first: CertificateChanges, second: CertificateChanges) -> CertificateChanges:
     changed = {one.id: one for one in first.changed if one.id not in second.removed}
     changed |= {one.id: one for one in second.changed}
-    removed = (first.removed | second.removed) - changed.keys()
-    return CertificateChanges(second.cursor, tuple(changed.values()), removed, first.complete, second.more)
+    kept = {host: value for host, value in first.thumbprints.items() if host not in second.removed_hosts}
+    thumbprints = {**kept, **second.thumbprints}
+    return replace(
+        second,
+        changed=tuple(changed.values()),
+        removed=(first.removed | second.removed) - changed.keys(),
+        thumbprints=thumbprints,
+        removed_hosts=(first.removed_hosts | second.removed_hosts) - thumbprints.keys(),
+        complete=first.complete,
+    )

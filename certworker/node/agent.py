@@ -78,10 +78,9 @@ class Agent:
     def step(self) -> Heartbeat:
         """Take over what is wanted now, and report. An unreachable source leaves the proxy as it is."""
         troubles = [self._attempt(self._tend)]
-        published = self._source.published()
         changes = self._source.changes_after(self._state.cursor)
         troubles.append(self._attempt(lambda: self._take_certificates(changes)))
-        troubles.append(self._attempt(lambda: self._take_version(published)))
+        troubles.append(self._attempt(lambda: self._take_version(self._source.published())))
         self._proxy.tidy()
         heartbeat = self._heartbeat([trouble for trouble in troubles if trouble])
         self._source.report(heartbeat)

@@ -27,10 +27,10 @@ class PublishedVersion:
 
 
 class Source(Protocol):
-    """What an agent asks. Any exception of it goes through to the caller of `Agent.step`."""
+    """What an agent asks. Any exception of it but VersionRefused goes through to the caller of `Agent.step`."""
 
     def published(self) -> PublishedVersion | None:
-        """Return the published version, None before the first one."""
+        """Return the version to serve, None before the first one; VersionRefused if it cannot be read here."""
 
     def changes_after(self, cursor: Cursor) -> CertificateChanges:
         """Return what changed after `cursor`; if its epoch is not the present one, everything, `complete`."""

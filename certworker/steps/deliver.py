@@ -1,22 +1,72 @@
-"""What a node is given: certificates with their keys opened, as far as it may have them.
+"""What a node is given: a version, and certificates with their keys opened, as far as it may have them.
 
-The embedded node and the node API both read here.
+The embedded node takes the published version and every certificate. A node on another machine takes the
+version that is released to it, and the certificates that its listeners can answer with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 
 from sqlalchemy import Connection
 
 from certworker.core.certificate import normalise_pair
-from certworker.core.delivery import Scope
+from certworker.core.delivery import Canary, Scope, Standing, scope_of, why_held_back
 from certworker.core.rollout import CertificateChanges, Cursor, NodeCertificate
+from certworker.core.snapshot import read_snapshot
 from certworker.errors import InputError, SealError
-from certworker.store import certificates, counters, lineages, policies
+from certworker.store import (
+    certificates,
+    counters,
+    enrolments,
+    lineages,
+    nodes,
+    policies,
+    settings_kv,
+    versions,
+)
 from certworker.store.certificates import StoredCertificate
+from certworker.store.database import Database
 from certworker.store.seal import Sealer
 
 PAGE = 500
 """Certificates in one answer: with their keys some 3 MB."""
+
+
+def look(db: Database, silent: timedelta) -> Standing:
+    """Return where the control plane is, and release the published version when its canaries have proved it.
+
+    Costs some index probes, and a write for each version.
+    """
+    standing, held_back = db.read(lambda tx: _look(tx, silent))
+    if standing.published_id in (None, standing.released_id) or held_back is not None:
+        return standing
+    released = str(standing.published_id)
+    db.write(lambda tx: settings_kv.put(tx, settings_kv.RELEASED_VERSION, released))
+    return replace(standing, released_id=released)
+
+
+def _look(tx: Connection, silent: timedelta) -> tuple[Standing, str | None]:
+    published_id = versions.published_id(tx)
+    released_id = settings_kv.find(tx, settings_kv.RELEASED_VERSION)
+    epoch, revision = (counters.value(tx, name) for name in (counters.EPOCH, counters.REVISION))
+    return Standing(published_id, released_id, epoch, revision), held_back(tx, silent)
+
+
+def held_back(tx: Connection, silent: timedelta) -> str | None:
+    """Return why nodes that are no canaries do not get the published version yet; None if they do."""
+    published_id = versions.published_id(tx)
+    if published_id is None or published_id == settings_kv.find(tx, settings_kv.RELEASED_VERSION):
+        return None
+    names = [node.name for node in enrolments.list_present(tx) if node.canary]
+    live = {node.node_id: node.version_id for node in nodes.live(tx, silent)} if names else {}
+    return why_held_back(published_id, [Canary(name, name in live, live.get(name)) for name in names])
+
+
+def node_scope(tx: Connection, version_ids: Iterable[str | None]) -> Scope:
+    """Return which certificates a node needs to serve any of these versions."""
+    found = (versions.find_by_id(tx, version_id) for version_id in version_ids if version_id is not None)
+    return scope_of(read_snapshot(version.snapshot_json) for version in found if version is not None)
 
 
 def read_changes(
@@ -40,9 +90,8 @@ def read_changes(
     if not complete:
         tombstones = {name for name, revision in certificates.removed_since(tx, after) if revision <= end}
         gone |= tombstones - {one.id for one in page}  # a row that is there again is newer than its tombstone
-    return CertificateChanges(
-        Cursor(epoch, end, scope.tag), tuple(changed), frozenset() if complete else frozenset(gone), complete, more
-    )
+    removed = frozenset() if complete else frozenset(gone)
+    return CertificateChanges(Cursor(epoch, end, scope.tag), tuple(changed), removed, complete, more=more)
 
 
 def _sort(

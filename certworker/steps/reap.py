@@ -1,5 +1,5 @@
-"""What has served its time is deleted: old tokens, old issuances, tombstones, full rate buckets, old versions,
-dead workers.
+"""What has served its time is deleted: old tokens, old issuances, tombstones, former nodes, full rate buckets,
+old versions, dead workers.
 
 The audit log is kept.
 """
@@ -10,7 +10,7 @@ from datetime import timedelta
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.store import budget, certificates, challenges, issuances, versions, workers
+from certworker.store import budget, certificates, challenges, enrolments, issuances, versions, workers
 from certworker.store.database import Database
 
 TOKENS = timedelta(minutes=10)
@@ -20,6 +20,8 @@ ABANDONED = timedelta(days=1)
 """An issuance that nobody wants and no worker moves is closed after this."""
 TOMBSTONES = timedelta(days=30)
 """A node that was away for longer starts from a whole manifest."""
+FORMER_NODES = timedelta(days=30)
+"""For so long a node that was removed is told so, and whoever uses an old enrolment token why not."""
 FULL_BUCKETS = timedelta(days=1)
 """A full bucket is as good as none, unless a clock that ran ahead took it for full."""
 KEPT_VERSIONS = 100
@@ -37,6 +39,7 @@ class Reaped:
     tokens: int
     issuances: int
     tombstones: int
+    nodes: int
     buckets: int
     versions: int
 
@@ -53,6 +56,7 @@ def reap(db: Database, clock: Clock) -> Reaped:
             issuances=issuances.forget_keys(tx, now - HISTORY, now),
             tombstones=certificates.forget_removed(tx, now - TOMBSTONES),
             versions=versions.forget_old(tx, KEPT_VERSIONS),
+            nodes=enrolments.forget(tx, FORMER_NODES),
             buckets=budget.forget_full(tx, now - FULL_BUCKETS, _MOST_BUCKETS),
         )
 

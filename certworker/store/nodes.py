@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, literal, select, update
+from sqlalchemy import Connection, delete, literal, select, update
 
 from certworker.core.rollout import Heartbeat
 from certworker.store.rows import columns_of, insert_new, new_id, to_value
@@ -36,6 +36,21 @@ class NodeStatus:
         return number if isinstance(number, int) else None
 
     @property
+    def proxy(self) -> str | None:
+        """For example `haproxy 2.6.12`."""
+        return self._text("proxy")
+
+    @property
+    def agent(self) -> str | None:
+        """The program that sent it, for example `certworker 1.0.0`."""
+        return self._text("agent")
+
+    @property
+    def address(self) -> str | None:
+        """Where it came from; None for an embedded node."""
+        return self._text("address")
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         return self._member("fingerprints")
 
@@ -45,8 +60,11 @@ class NodeStatus:
 
     @property
     def error(self) -> str | None:
-        error = self._value("error")
-        return error if isinstance(error, str) else None
+        return self._text("error")
+
+    def _text(self, name: str) -> str | None:
+        value = self._value(name)
+        return value if isinstance(value, str) else None
 
     def _member(self, name: str) -> dict[str, Any]:
         value = self._value(name)
@@ -57,10 +75,10 @@ class NodeStatus:
         return self.metadata.get(name) if isinstance(self.metadata, dict) else None
 
 
-def record(tx: Connection, heartbeat: Heartbeat, agent: str | None = None) -> None:
-    """Write a node's newest heartbeat, with the database's time; `agent` says which program sent it."""
+def record(tx: Connection, heartbeat: Heartbeat, agent: str | None = None, address: str | None = None) -> None:
+    """Write a node's newest heartbeat, with the database's time; `agent` says which program sent it, and from where."""
     metadata = {key: value for key, value in asdict(heartbeat).items() if key not in ("node_id", "version_id")}
-    metadata |= {"agent": agent, "revision": heartbeat.cursor.revision}
+    metadata |= {"agent": agent, "address": address, "revision": heartbeat.cursor.revision}
     known = None
     if heartbeat.version_id is not None:
         query = select(config_versions.c.id).where(config_versions.c.id == heartbeat.version_id)
@@ -69,6 +87,17 @@ def record(tx: Connection, heartbeat: Heartbeat, agent: str | None = None) -> No
     row = update(node_status).where(node_status.c.node_id == heartbeat.node_id).values(**values)
     if tx.execute(row).rowcount == 0:
         insert_new(tx, node_status, id=new_id(), node_id=heartbeat.node_id, **values)
+
+
+def find(tx: Connection, node_id: str) -> NodeStatus | None:
+    """Return what one node said last."""
+    row = tx.execute(select(*columns_of(NodeStatus, node_status)).where(node_status.c.node_id == node_id)).first()
+    return None if row is None else to_value(NodeStatus, row)
+
+
+def forget(tx: Connection, node_id: str) -> bool:
+    """Delete what a node said, so that nobody waits for it; False if it never said anything."""
+    return tx.execute(delete(node_status).where(node_status.c.node_id == node_id)).rowcount > 0
 
 
 def list_all(tx: Connection) -> list[NodeStatus]:

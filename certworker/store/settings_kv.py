@@ -2,7 +2,7 @@
 
 from sqlalchemy import Connection, delete, inspect, select
 
-from certworker.store.rows import put_row
+from certworker.store.rows import insert_new, put_row
 from certworker.store.tables import settings_kv
 
 KEK_CHECK = "kek_check"
@@ -11,6 +11,10 @@ ISSUER = "issuer"
 """CA, profile and key type of the last full reconcile."""
 LAST_SCAN_AT = "last_scan_at"
 LAST_SWEEP_AT = "last_sweep_at"
+NODE_API = "node_api"
+"""Certificate and sealed key of the node API, a JSON object: one for all workers."""
+RELEASED_VERSION = "released_version"
+"""Id of the version that nodes get that are no canaries."""
 WRITTEN_AT = "written_at"
 """Written to find out whether the database can be."""
 
@@ -28,6 +32,12 @@ def find(tx: Connection, key: str) -> str | None:
 def put(tx: Connection, key: str, value: str) -> None:
     """Remember `value` under `key`."""
     put_row(tx, settings_kv, key=key, value=value)
+
+
+def put_first(tx: Connection, key: str, value: str) -> str:
+    """Remember `value` under `key` unless something is there; return what is there now."""
+    insert_new(tx, settings_kv, key=key, value=value)
+    return str(tx.execute(select(settings_kv.c.value).where(settings_kv.c.key == key)).scalar_one())
 
 
 def forget(tx: Connection, key: str) -> None:

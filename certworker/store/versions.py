@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from certworker.store import counters
+from certworker.store import counters, settings_kv
 from certworker.store.rows import columns_of, new_id, to_value
 from certworker.store.tables import config_versions, node_status
 
@@ -53,6 +53,11 @@ def find(tx: Connection, number: int) -> Version | None:
     return _find(tx, config_versions.c.number == number)
 
 
+def find_by_id(tx: Connection, version_id: str) -> Version | None:
+    """Return the version of this id, which need not have a number."""
+    return _find(tx, config_versions.c.id == version_id)
+
+
 def find_newest_draft(tx: Connection) -> VersionRow | None:
     """Return the draft that was made last."""
     drafts = select(*columns_of(VersionRow, config_versions)).where(
@@ -91,6 +96,11 @@ def serving(tx: Connection) -> Mapping[str, list[str]]:
     return nodes
 
 
+def published_id(tx: Connection) -> str | None:
+    """Return the id of the published version, without its content."""
+    return tx.execute(select(config_versions.c.id).where(config_versions.c.status == "published")).scalar()
+
+
 def lock(tx: Connection) -> None:
     """Let no other transaction publish until the commit.
 
@@ -127,12 +137,19 @@ def publish(tx: Connection, version: Version) -> Version:
 
 
 def forget_old(tx: Connection, kept: int) -> int:
-    """Delete all but the newest `kept` archived versions and drafts; what a node serves stays. Return how many went."""
+    """Delete all but the newest `kept` archived versions and drafts, and return how many went.
+
+    What a node serves stays, and what nodes are to serve while the canaries have a newer one.
+    """
     numbered = config_versions.c.number.is_not(None), config_versions.c.status != "published"
     newest = select(config_versions.c.number).where(*numbered).order_by(config_versions.c.number.desc()).limit(kept)
     served = select(node_status.c.version_id).where(node_status.c.version_id.is_not(None))
+    released = settings_kv.find(tx, settings_kv.RELEASED_VERSION) or new_id()
     old = delete(config_versions).where(
-        *numbered, config_versions.c.number.not_in(newest), config_versions.c.id.not_in(served)
+        *numbered,
+        config_versions.c.id != released,
+        config_versions.c.number.not_in(newest),
+        config_versions.c.id.not_in(served),
     )
     return tx.execute(old).rowcount
 

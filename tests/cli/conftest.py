@@ -45,6 +45,11 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("config", "publish"),
     ("config", "rollback"),
     ("config", "versions"),
+    ("node",),
+    ("node", "enroll"),
+    ("node", "list"),
+    ("node", "remove"),
+    ("agent",),
     ("status",),
     ("demo",),
 )

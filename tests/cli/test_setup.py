@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from certworker.cli.run import stop_signal
+from certworker.cli.process import stop_signal
 
 from .conftest import COMMANDS, LIMIT, Cli
 
@@ -187,7 +187,7 @@ def test_no_stop_signal_is_lost(number: signal.Signals) -> None:
 
 ENDLESS_STOP = """
 import os, signal, sys, threading
-from certworker.cli.run import stop_signal
+from certworker.cli.process import stop_signal
 with stop_signal(limit=float(sys.argv[1])) as await_signal:
     print("up", flush=True)
     await_signal()

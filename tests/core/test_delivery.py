@@ -131,7 +131,7 @@ class Pages:
         gone = frozenset(uuid(number) for number, revision in self.gone.items() if after < revision <= end)
         changed = tuple(certificate(number, revision) for revision, number in page)
         return CertificateChanges(
-            Cursor(self.epoch, end), changed, frozenset() if complete else gone, complete, more
+            Cursor(self.epoch, end), changed, frozenset() if complete else gone, complete, more=more
         )  # fmt: skip
 
 

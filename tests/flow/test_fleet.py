@@ -1,0 +1,142 @@
+"""A fleet, whole: a control plane, Pebble, agents with real HAProxies on machines of their own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from certworker.cli.pebble import Pebble, free_ports
+from certworker.core.transit import read_enrolment_token
+
+from .box import Box, until
+from .fleet import Fleet
+
+pytestmark = [pytest.mark.pebble, pytest.mark.proxy]
+
+
+@pytest.fixture
+def fleet(folder: Path, start_pebble: Callable[..., Pebble]) -> Fleet:
+    """A control plane that manages this machine's HAProxy too, so that the CA reaches one."""
+    (port,) = free_ports(1)
+    box = Box.make(folder, start_pebble(), NODE_LISTEN=f"127.0.0.1:{port}", NODE_SILENT_SECS="6")
+    box.configure("shop.fleet.test")
+    return Fleet(box, port)
+
+
+def test_a_fleet_serves_and_swaps(fleet: Fleet) -> None:
+    """Enrolled with a token, both serve what is issued; a renewal is served when all have proved it."""
+    box = fleet.box
+    with (
+        fleet.machine("gw1") as one, fleet.machine("gw2") as two, fleet.control_plane(),
+        one.agent("--enroll", fleet.token("gw1")), two.agent("--enroll", fleet.token("gw2")),
+    ):  # fmt: skip
+        fleet.await_version(1, "gw1", "gw2", "box")
+        fleet.await_served("shop.fleet.test")
+        first = box.lineage("shop.fleet.test")["fingerprint_sha256"]
+        shown = {one.shown("shop.fleet.test"), two.shown("shop.fleet.test")}
+        renewed = box.json("renew", "shop.fleet.test", "--force")["renewed"][0]
+        shown_then = {one.shown("shop.fleet.test"), two.shown("shop.fleet.test")}
+
+    assert shown == {first}
+    assert renewed["served"] is True
+    assert shown_then == {renewed["fingerprint_sha256"]} != shown
+
+
+def test_canary_first_and_a_refused_version_stops_there(fleet: Fleet) -> None:
+    """The canary cannot serve it: it says why and serves on, the other one never gets it; the next version goes on."""
+    box = fleet.box
+    (port,) = free_ports(1)
+    document = json.loads((box.folder / "gateway.json").read_text())
+    with (
+        fleet.machine("canary") as canary, fleet.machine("gw2") as other, fleet.control_plane(EMBEDDED_NODE="none"),
+        canary.agent("--enroll", fleet.token("canary", "--canary")), other.agent("--enroll", fleet.token("gw2")),
+    ):  # fmt: skip
+        fleet.await_version(1, "canary", "gw2")
+        with canary.port_taken(port):
+            listeners = [*document["listeners"], {"name": "more", "port": port, "protocol": "http"}]
+            apply(box, {**document, "listeners": listeners})
+            fleet.await_error("canary")
+            listed = box.json("node", "list")
+            shown = box.run("node", "list").stdout
+            errors = {one["node_id"]: one["error"] for one in box.json("status")["nodes"]}
+        assert fleet.serve(1, "canary", "gw2")
+        apply(box, document)
+        fleet.await_version(3, "canary", "gw2")
+
+    refused = f"version 2 is not applied: port {port}: another process listens on it"
+    assert refused in str(errors["canary"])
+    assert errors["gw2"] is None
+    assert listed["held_back"] == "not yet proved by canary canary"
+    assert refused in shown
+    assert "version 2 goes to canaries only" in shown
+    assert [line["version"] for line in other.log() if line["event"] == "agent.serves"][-1] == 3
+    assert 2 not in [line.get("version") for line in other.log()]
+
+
+def test_a_node_serves_on_and_comes_back(fleet: Fleet) -> None:
+    """Control plane killed: the proxy serves. Agent away while two versions come: it gets the newest alone."""
+    box = fleet.box
+    document = json.loads((box.folder / "gateway.json").read_text())
+    with fleet.machine("gw1") as machine:
+        with fleet.control_plane("first") as service:
+            with machine.agent("--enroll", fleet.token("gw1"), "--keep-proxy"):
+                fleet.await_version(1, "gw1")
+                leaf = until(lambda: machine.shown("shop.fleet.test"))
+                service.kill()
+                service.wait()
+                until(lambda: any(line["event"] == "agent.trouble" for line in machine.log()))
+                assert machine.shown("shop.fleet.test") == leaf
+            assert machine.shown("shop.fleet.test") == leaf
+        with fleet.control_plane("second"):
+            for number, protocol in ((2, "http"), (3, "https")):
+                listeners = [*document["listeners"], {"port": free_ports(1)[0], "protocol": protocol}]
+                apply(box, {**document, "listeners": listeners})
+                fleet.await_published(number)
+            with machine.agent():
+                fleet.await_version(3, "gw1")
+                assert machine.shown("shop.fleet.test") == leaf
+            box.run("node", "remove", "gw1")
+            assert list(fleet.nodes()) == ["box"]
+
+    assert leaf is not None
+    assert {line["version"] for line in machine.log() if line["event"] == "agent.serves"} == {1, 3}
+
+
+def test_who_does_not_belong_stays_outside(fleet: Fleet) -> None:
+    """A token used twice, another control plane's key, a node that was removed: one line each, and no secret."""
+    box = fleet.box
+    with fleet.machine("gw1") as machine, fleet.control_plane(EMBEDDED_NODE="none"):
+        word = fleet.token("gw1")
+        token = read_enrolment_token(word)
+        with machine.agent("--enroll", word):
+            fleet.await_version(1, "gw1")
+        machine.name = "gw2"
+        with machine.agent("--enroll", word, expect=1) as twice:
+            twice.wait()
+        other = token.model_copy(update={"pin": "0" * 64})
+        machine.name = "gw3"
+        with machine.agent("--enroll", other.text(), expect=1) as wrong:
+            wrong.wait()
+        machine.name = "gw1"
+        box.run("node", "remove", "gw1")
+        with machine.agent():
+            until(lambda: any("was removed" in line.get("error", "") for line in machine.log()))
+        secret = json.loads((machine.folder / "node.json").read_text())["secret"]
+
+    said = "\n".join(box.outputs)
+    assert "the enrolment token of node gw1 has been used" in said
+    assert "nothing was sent" in said
+    assert secret not in said
+    logs = "".join(path.read_text() for path in box.folder.glob("*.log"))
+    for hidden in (secret, token.secret, "PRIVATE KEY"):
+        assert hidden not in logs
+    database = (box.folder / "data" / "certworker.db").read_bytes()
+    assert secret.encode() not in database
+    assert token.secret.encode() not in database
+
+
+def apply(box: Box, document: dict[str, Any]) -> None:
+    (box.folder / "changed.json").write_text(json.dumps(document))
+    box.run("config", "apply", "changed.json")
