@@ -82,8 +82,11 @@ class ControlPlane(Protocol):
     def recognise(self, token: NodeToken) -> Node:
         """Return whose token it is; TokenUnknown, NodeRemoved."""
 
-    def version_for(self, node: Node) -> VersionDocument | None:
-        """Return the version that this node is to serve."""
+    def version_id_for(self, node: Node) -> str | None:
+        """Return which version this node is to serve, None if there is none yet."""
+
+    def find_version(self, version_id: str) -> VersionDocument | None:
+        """Return that version."""
 
     def changes_for(self, node: Node, cursor: Cursor, *, continued: bool) -> CertificateChanges:
         """Return a page of the certificates that this node can answer with."""
@@ -193,10 +196,13 @@ class NodeApi:
                 lambda standing: standing.is_news(query.after, at, canary=node.canary), timedelta(seconds=query.wait)
             )
             node = await self._recognise(request)  # it may have been removed
-        version = await self._work(lambda: self._plane.version_for(node))
-        if (version.id if version is not None else "") == query.after:
+        version_id = await self._work(lambda: self._plane.version_id_for(node))
+        if (version_id or "") == query.after:
             return Response(status_code=204, headers=_NO_STORE)
-        return _json(VersionAnswer(version=version))
+        if version_id is None:
+            return _json(VersionAnswer(version=None))
+        found = version_id
+        return _json(VersionAnswer(version=await self._work(lambda: self._plane.find_version(found))))
 
     async def _certificates(self, request: Request, query: Annotated[CertificatesQuery, Query()]) -> Response:
         node = await self._recognise(request)

@@ -60,6 +60,9 @@ class Server:
                 f"cannot listen on {self._listen}: {reason}; "
                 f"stop the program that holds it, or set {self._setting} to another address"
             ) from None
+        # Accepted connections inherit it. asyncio does not set it itself on a socket that was handed in, and an
+        # answer, sent in two parts, would wait 40 ms for the client's kernel to acknowledge the first.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="api", daemon=True)
         self._thread.start()
 

@@ -14,7 +14,7 @@ from certworker.core.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """The certificates that the https listeners of some versions can answer with."""
+    """The certificates that the https listeners of a version, or of some, can answer with."""
 
     policy_ids: frozenset[str] | None
     """Those that one of these policies wants. None: all, because a listener names no policy."""
@@ -35,13 +35,24 @@ class Scope:
 
 
 EVERYTHING = Scope(None)
+NOTHING = Scope(frozenset())
 
 
-def scope_of(snapshots: Iterable[Snapshot]) -> Scope:
-    """Return which certificates nodes need that serve these versions."""
-    named = {one.tls_policy_id for snapshot in snapshots for one in snapshot.listeners if one.protocol == "https"}
+def scope_of(snapshot: Snapshot) -> Scope:
+    """Return which certificates a node needs that serves this version."""
+    named = {listener.tls_policy_id for listener in snapshot.listeners if listener.protocol == "https"}
     policy_ids = frozenset(policy_id for policy_id in named if policy_id is not None)
     return EVERYTHING if None in named else Scope(policy_ids)
+
+
+def join_scopes(scopes: Iterable[Scope]) -> Scope:
+    """Return what any of these scopes covers."""
+    joined: frozenset[str] = frozenset()
+    for scope in scopes:
+        if scope.policy_ids is None:
+            return EVERYTHING
+        joined |= scope.policy_ids
+    return Scope(joined)
 
 
 @dataclass(frozen=True, slots=True)

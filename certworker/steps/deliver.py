@@ -4,14 +4,14 @@ The embedded node takes the published version and every certificate. A node on a
 version that is released to it, and the certificates that its listeners can answer with.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
 from sqlalchemy import Connection
 
 from certworker.core.certificate import normalise_pair
-from certworker.core.delivery import Canary, Scope, Standing, scope_of, why_held_back
+from certworker.core.delivery import NOTHING, Canary, Scope, Standing, scope_of, why_held_back
 from certworker.core.rollout import CertificateChanges, Cursor, NodeCertificate
 from certworker.core.snapshot import read_snapshot
 from certworker.errors import InputError, SealError
@@ -38,19 +38,29 @@ def look(db: Database, silent: timedelta) -> Standing:
 
     Costs some index probes, and a write for each version.
     """
-    standing, held_back = db.read(lambda tx: _look(tx, silent))
-    if standing.published_id in (None, standing.released_id) or held_back is not None:
+    standing = db.read(_standing)
+    if standing.published_id in (None, standing.released_id) or db.read(lambda tx: held_back(tx, silent)) is not None:
         return standing
-    released = str(standing.published_id)
-    db.write(lambda tx: settings_kv.put(tx, settings_kv.RELEASED_VERSION, released))
-    return replace(standing, released_id=released)
+    return db.write(lambda tx: _release(tx, silent))
 
 
-def _look(tx: Connection, silent: timedelta) -> tuple[Standing, str | None]:
-    published_id = versions.published_id(tx)
-    released_id = settings_kv.find(tx, settings_kv.RELEASED_VERSION)
-    epoch, revision = (counters.value(tx, name) for name in (counters.EPOCH, counters.REVISION))
-    return Standing(published_id, released_id, epoch, revision), held_back(tx, silent)
+def _release(tx: Connection, silent: timedelta) -> Standing:
+    # Whoever looked before another version was published must not write after it: nodes would go back to the older one.
+    versions.lock(tx)
+    standing = _standing(tx)
+    if standing.published_id is None or held_back(tx, silent) is not None:
+        return standing
+    settings_kv.put(tx, settings_kv.RELEASED_VERSION, standing.published_id)
+    return replace(standing, released_id=standing.published_id)
+
+
+def _standing(tx: Connection) -> Standing:
+    return Standing(
+        published_id=versions.published_id(tx),
+        released_id=settings_kv.find(tx, settings_kv.RELEASED_VERSION),
+        epoch=counters.value(tx, counters.EPOCH),
+        revision=counters.value(tx, counters.REVISION),
+    )
 
 
 def held_back(tx: Connection, silent: timedelta) -> str | None:
@@ -63,10 +73,10 @@ def held_back(tx: Connection, silent: timedelta) -> str | None:
     return why_held_back(published_id, [Canary(name, name in live, live.get(name)) for name in names])
 
 
-def node_scope(tx: Connection, version_ids: Iterable[str | None]) -> Scope:
-    """Return which certificates a node needs to serve any of these versions."""
-    found = (versions.find_by_id(tx, version_id) for version_id in version_ids if version_id is not None)
-    return scope_of(read_snapshot(version.snapshot_json) for version in found if version is not None)
+def version_scope(tx: Connection, version_id: str) -> Scope:
+    """Return which certificates a node needs to serve this version; none if there is no such version."""
+    found = versions.find_by_id(tx, version_id)
+    return NOTHING if found is None else scope_of(read_snapshot(found.snapshot_json))
 
 
 def read_changes(

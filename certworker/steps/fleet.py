@@ -5,17 +5,19 @@ from datetime import timedelta
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.core.delivery import Node, Scope, Standing
+from certworker.core.delivery import Node, Scope, Standing, join_scopes
 from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat
 from certworker.core.transit import EnrolRequest, NodeToken, VersionDocument
 from certworker.errors import NodeRemoved
 from certworker.steps.admit import admit, recognise
-from certworker.steps.deliver import look, node_scope, read_changes
+from certworker.steps.deliver import look, read_changes, version_scope
 from certworker.store import enrolments, nodes, settings_kv, versions
 from certworker.store.database import Database
 from certworker.store.seal import Sealer
 
 _SELDOM, _OFTEN = timedelta(seconds=10), timedelta(seconds=1)
+_REMEMBERED = 100
+"""Versions whose scope is remembered; a fleet serves two or three."""
 
 
 class Fleet:
@@ -24,6 +26,7 @@ class Fleet:
     def __init__(self, db: Database, sealer: Sealer, clock: Clock, silent: timedelta) -> None:
         """Speak for `db`; a node that was not heard of for `silent` is not live."""
         self._db, self._sealer, self._clock, self._silent = db, sealer, clock, silent
+        self._scopes: dict[str, Scope] = {}
 
     @property
     def heartbeat_every(self) -> timedelta:
@@ -42,17 +45,16 @@ class Fleet:
         """Return whose token it is."""
         return recognise(self._db, token)
 
-    def version_for(self, node: Node) -> VersionDocument | None:
-        """Return the version that this node is to serve: a canary's is published, the others' is released."""
+    def version_id_for(self, node: Node) -> str | None:
+        """Return which version this node is to serve: a canary the published one, the others the released one."""
+        return self._db.read(lambda tx: _version_id(tx, node))
 
-        def read(tx: Connection) -> VersionDocument | None:
-            version_id = _version_id(tx, node)
-            found = None if version_id is None else versions.find_by_id(tx, version_id)
-            if found is None:
-                return None
-            return VersionDocument(id=found.id, number=found.number or 0, snapshot=found.snapshot_json)
-
-        return self._db.read(read)
+    def find_version(self, version_id: str) -> VersionDocument | None:
+        """Return that version, None if it is gone."""
+        found = self._db.read(lambda tx: versions.find_by_id(tx, version_id))
+        if found is None:
+            return None
+        return VersionDocument(id=found.id, number=found.number or 0, snapshot=found.snapshot_json)
 
     def changes_for(self, node: Node, cursor: Cursor, *, continued: bool) -> CertificateChanges:
         """Return a page of the certificates that this node can answer with, by what it serves and is to serve.
@@ -80,7 +82,17 @@ class Fleet:
 
     def _scope(self, tx: Connection, node: Node) -> Scope:
         said = nodes.find(tx, node.name)
-        return node_scope(tx, {_version_id(tx, node), None if said is None else said.version_id})
+        version_ids = {_version_id(tx, node), None if said is None else said.version_id}
+        return join_scopes(self._scope_of(tx, version_id) for version_id in version_ids if version_id is not None)
+
+    def _scope_of(self, tx: Connection, version_id: str) -> Scope:
+        """Return a version's scope; read once, because a version never changes."""
+        scope = self._scopes.get(version_id)
+        if scope is None:
+            if len(self._scopes) >= _REMEMBERED:
+                self._scopes.clear()
+            scope = self._scopes[version_id] = version_scope(tx, version_id)
+        return scope
 
 
 def _version_id(tx: Connection, node: Node) -> str | None:

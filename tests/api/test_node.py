@@ -300,6 +300,18 @@ def test_a_stop_answers_who_waits(plane: Plane) -> None:
     assert time.monotonic() - began < 2
 
 
+def test_answers_are_not_held_back(plane: Plane) -> None:
+    """Head and body are two writes: with Nagle's algorithm each answer on a kept connection would take 40 ms more."""
+    machine = plane.join("gw1")
+    took = []
+    for _ in range(10):
+        began = time.monotonic()
+        machine.source.changes_after(Cursor())
+        took.append(time.monotonic() - began)
+
+    assert min(took) < 0.035
+
+
 # -- certificates -----------------------------------------------------------------------------------
 
 
@@ -490,7 +502,7 @@ def test_a_database_that_is_away_is_said(plane: Plane, monkeypatch: pytest.Monke
     def away(*_: object) -> None:
         raise StoreError("cannot read from the database: connection refused")
 
-    monkeypatch.setattr(plane.fleet, "version_for", away)
+    monkeypatch.setattr(plane.fleet, "version_id_for", away)
     with pytest.raises(ControlPlaneError, match="503: cannot read from the database"):
         machine.source.published()
 
@@ -521,3 +533,21 @@ def test_the_identity_is_one_for_all_workers(plane: Plane) -> None:
     assert again == plane.identity
     assert "PRIVATE KEY" not in stored
     assert "cw1." in stored
+
+
+def test_a_late_look_releases_no_older_version(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that was held up wakes when a newer version is out: nodes never go back."""
+    plane.api.stop()
+    plane.publish(None)
+    write, newest = plane.db.write, []
+
+    def late(fn: Callable[[Any], object]) -> object:
+        monkeypatch.setattr(plane.db, "write", write)
+        newest.append(plane.publish(None))
+        plane.look()
+        return write(fn)
+
+    monkeypatch.setattr(plane.db, "write", late)
+
+    assert plane.look() == newest[0]
+    assert plane.world.rows("SELECT value FROM settings_kv WHERE key = 'released_version'") == [(newest[0],)]

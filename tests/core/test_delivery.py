@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from certworker.core.delivery import EVERYTHING, Canary, Scope, collect_changes, scope_of, why_held_back
+from certworker.core.delivery import EVERYTHING, Canary, Scope, collect_changes, join_scopes, scope_of, why_held_back
 from certworker.core.rollout import CertificateChanges, Cursor, NodeCertificate
 from certworker.core.snapshot import Listener, Policy, Snapshot
 
@@ -37,7 +37,7 @@ def snapshot(*policies: int | None, protocol: str = "https") -> Snapshot:
 
 def test_a_listener_without_a_policy_serves_everything() -> None:
     """One is enough, in whichever of the versions."""
-    scope = scope_of([snapshot(1), snapshot(2, None)])
+    scope = join_scopes(map(scope_of, [snapshot(1), snapshot(2, None)]))
 
     assert scope == EVERYTHING
     assert scope.tag == ""
@@ -46,7 +46,7 @@ def test_a_listener_without_a_policy_serves_everything() -> None:
 
 def test_listeners_with_policies_serve_what_these_want() -> None:
     """Of all versions together: the one that is served, and the one that is to come."""
-    scope = scope_of([snapshot(1), snapshot(1, 2)])
+    scope = join_scopes(map(scope_of, [snapshot(1), snapshot(1, 2)]))
 
     assert scope == Scope(frozenset([uuid(1), uuid(2)]))
     assert scope.covers([uuid(2), uuid(3)])
@@ -57,7 +57,7 @@ def test_listeners_with_policies_serve_what_these_want() -> None:
 @pytest.mark.parametrize("snapshots", [[], [snapshot(None, protocol="http")]], ids=["no version", "http only"])
 def test_without_an_https_listener_nothing_is_served(snapshots: list[Snapshot]) -> None:
     """A node that answers no handshake gets no key."""
-    assert not scope_of(snapshots).covers([uuid(1)])
+    assert not join_scopes(map(scope_of, snapshots)).covers([uuid(1)])
 
 
 @given(one=st.frozensets(st.sampled_from("pqrs")), other=st.frozensets(st.sampled_from("pqrs")))

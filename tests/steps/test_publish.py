@@ -459,9 +459,14 @@ def test_many_publishers_make_one_version(gateway: Gateway) -> None:
 
 
 def test_old_versions_go_but_never_one_that_is_served(gateway: Gateway) -> None:
-    """The newest hundred stay, and the published one, and what a node last proved."""
+    """The newest hundred stay, and the published one, what a node last proved, and what nodes are to serve."""
     first = gateway.publish().version
     assert first is not None
+    gateway.db.write(
+        lambda tx: settings_kv.put(
+            tx, settings_kv.RELEASED_VERSION, versions.add_draft(tx, {}, "x", "alice", gateway.clock()).id
+        )
+    )
 
     def add_many(tx: Connection) -> None:
         for _ in range(KEPT_VERSIONS + 5):
@@ -477,7 +482,7 @@ def test_old_versions_go_but_never_one_that_is_served(gateway: Gateway) -> None:
     reaped = reap(gateway.db, gateway.clock).versions
     kept = [one.number for one in gateway.versions]
     assert reaped == 4
-    assert kept == [*range(KEPT_VERSIONS + 6, 5, -1), 1]
+    assert kept == [*range(KEPT_VERSIONS + 7, 6, -1), 2, 1]
     assert reap(gateway.db, gateway.clock).versions == 0
 
 
