@@ -26,11 +26,11 @@ def fleet(folder: Path, start_pebble: Callable[..., Pebble]) -> Fleet:
 
 
 def test_a_fleet_serves_and_swaps(fleet: Fleet) -> None:
-    """Enrolled with a token, both serve what is issued; a renewal is served when all have proved it."""
+    """Enrolled with a token, HAProxy and nginx serve what is issued; a renewal is served when all have proved it."""
     box = fleet.box
     with (
         fleet.machine("gw1") as one, fleet.machine("gw2") as two, fleet.control_plane(),
-        one.agent("--enroll", fleet.token("gw1")), two.agent("--enroll", fleet.token("gw2")),
+        one.agent("--enroll", fleet.token("gw1")), two.agent("--enroll", fleet.token("gw2"), "--proxy", "nginx"),
     ):  # fmt: skip
         fleet.await_version(1, "gw1", "gw2", "box")
         fleet.await_served("shop.fleet.test")
