@@ -163,6 +163,10 @@ class _Wait:
         if self._bench is not None:
             self._bench.gate.refresh()
             self._bench.gate.probe(self._bench.client)
+            reconcile(
+                self._app.db, self._app.clock, self._app.wanted, self._app.sealer,
+                thumbprint=self._bench.accounts.thumbprint,
+            )  # fmt: skip
             verify(self._app.db, self._app.clock, self._app.settings.node_silent)
         waiting = [ticket for ticket in self._tickets if ticket.issuance_id not in self._ended]
         ids = [ticket.issuance_id for ticket in waiting]

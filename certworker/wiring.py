@@ -31,6 +31,7 @@ from certworker.outpost import make_proxy
 from certworker.resolver import look_up, look_up_caa
 from certworker.responder import Responder
 from certworker.settings import Settings
+from certworker.steps import barrier
 from certworker.steps.deliver import read_changes
 from certworker.steps.fleet import Fleet
 from certworker.steps.gate import Gate
@@ -238,7 +239,9 @@ def make_bench(app: App, worker_id: str, moved: Callable[[Session], None]) -> Be
     return Bench(
         app.db, accounts.client, accounts, make_gate(app, worker_id), s.acme_rate_limits, app.sealer, app.clock,
         random.SystemRandom().random, lambda name: look_up(name, s.dns_resolver),
-        lambda name: look_up_caa(name, s.dns_resolver), moved,
+        lambda name: look_up_caa(name, s.dns_resolver),
+        lambda names, thumbprint: app.db.read(lambda tx: barrier.why_not(tx, names, thumbprint, s.node_silent)),
+        moved,
     )  # fmt: skip
 
 

@@ -32,6 +32,9 @@ from certworker.core.snapshot import (
 )
 from certworker.errors import InputError
 
+STATELESS = "stateless"
+"""How a listener answers challenges by itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class ListenerRow:

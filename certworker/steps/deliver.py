@@ -23,6 +23,7 @@ from certworker.store import (
     nodes,
     policies,
     settings_kv,
+    thumbprints,
     versions,
 )
 from certworker.store.certificates import StoredCertificate
@@ -93,15 +94,23 @@ def read_changes(
     after = 0 if complete else cursor.revision
     # The counter first: what commits between the two statements is delivered twice then, not never.
     newest = counters.value(tx, counters.REVISION)
-    page = certificates.changed_since(tx, after, limit)
-    more = len(page) == limit
-    end = (page[-1].revision or after) if more else newest
+    page, rows = certificates.changed_since(tx, after, limit), thumbprints.changed_since(tx, after, limit)
+    # What the shorter of two full pages ends with is where both have everything.
+    ends = [full[-1].revision or after for full in (page, rows) if len(full) == limit]
+    more, end = bool(ends), min(ends, default=newest)
+    page = [one for one in page if (one.revision or 0) <= end]
+    rows = [row for row in rows if row.revision <= end]
     changed, gone = _sort(tx, sealer, page, scope)
     if not complete:
         tombstones = {name for name, revision in certificates.removed_since(tx, after) if revision <= end}
         gone |= tombstones - {one.id for one in page}  # a row that is there again is newer than its tombstone
     removed = frozenset() if complete else frozenset(gone)
-    return CertificateChanges(Cursor(epoch, end, scope.tag), tuple(changed), removed, complete, more=more)
+    return CertificateChanges(
+        Cursor(epoch, end, scope.tag), tuple(changed), removed, complete,
+        thumbprints={row.host: row.thumbprint for row in rows if row.thumbprint is not None},
+        removed_hosts=frozenset() if complete else frozenset(row.host for row in rows if row.thumbprint is None),
+        more=more,
+    )  # fmt: skip
 
 
 def _sort(

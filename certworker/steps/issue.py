@@ -6,32 +6,24 @@ wait for the CA.
 """
 
 import logging
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
 from certworker.ca import csr
-from certworker.ca.client import Account
 from certworker.ca.messages import quote_damaged
 from certworker.ca.problems import classify
 from certworker.core.certificate import Chain, check_chain, is_odd_life, takes_over_at
 from certworker.core.issuance import (
-    POLLING,
-    REST,
     Action,
     State,
     next_action,
-    still_validating,
-    to_answer,
-    unproved,
-    wait_for,
 )
 from certworker.core.names import names_hash
-from certworker.core.order import Authorization, OrderStatus
+from certworker.core.order import OrderStatus
 from certworker.core.renewal import plan_renewal
-from certworker.core.retry import Endpoint, ErrorClass, Failure, classify_order, names_refused
+from certworker.core.retry import Endpoint
 from certworker.errors import (
     AccountGone,
     AnswerFault,
@@ -39,10 +31,9 @@ from certworker.errors import (
     ChainRefused,
     ChainUnreadable,
     InputError,
-    ProblemReported,
     SealError,
 )
-from certworker.steps import trouble
+from certworker.steps import prove, trouble
 from certworker.steps.session import Bench, Session, account_of, cancel, give_back, record
 from certworker.store import budget, certificates, challenges, issuances, lineages, renewal_info
 from certworker.store.budget import Refusal
@@ -50,13 +41,6 @@ from certworker.store.issuances import Issuance
 
 _log = logging.getLogger(__name__)
 
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
-
-_ROLLOVER = timedelta(seconds=1)
-"""How often an issuance looks whether its account's key change is done."""
-_VERDICT, _VERDICTS = timedelta(seconds=5), timedelta(seconds=30)
-"""How often, and for how long since it was told to look, a CA is asked that is done with some names only."""
-_NOTHING_KNOWN: Mapping[str, Authorization] = {}
 _ORDER_LIFE = timedelta(days=7)
 """When an order expires whose CA does not say so (RFC 8555 §7.1.3 has it optional)."""
 
@@ -88,6 +72,8 @@ def advance(bench: Bench, session: Session) -> None:
         return
     try:
         _ACTS[action](bench, session)
+    except prove.NotYet:
+        pass
     except AccountGone as gone:
         trouble.give_up_account(bench, session, gone)
     except (InputError, SealError) as error:
@@ -187,76 +173,6 @@ def _look(bench: Bench, session: Session) -> None:
         session.authorizations = None  # one of them has changed
 
 
-def _publish_challenges(bench: Bench, session: Session) -> None:
-    _publish(bench, session, State.PUBLISHED)
-
-
-def _publish(bench: Bench, session: Session, state: State) -> bool:
-    """Read the authorizations and commit, with `state`, what proves the names; say whether that could be done."""
-    if bench.db.read(lambda tx: bench.accounts.publishing_key(tx, session.issuance.account_id or "")) is None:
-        # The account's key is being changed: the CA would compare with the new one.
-        session.wait_until = bench.clock() + _ROLLOVER
-        return False
-    authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
-    offers = [(a, _token_of(a)) for a in unproved(authorizations)]
-    now, account_id = bench.clock(), session.issuance.account_id or ""
-
-    def publish(tx: Connection) -> Issuance | None:
-        key = bench.accounts.publishing_key(tx, account_id)
-        if key is None:
-            return None
-        for authorization, token in offers:
-            challenges.publish(
-                tx, session.issuance.id, authorization.url, authorization.dns_name, token,
-                key.key_authorization(token), now,
-            )  # fmt: skip
-        return issuances.record(tx, session.issuance, now, state=state)
-
-    published = bench.db.write(publish)
-    if published is None:
-        session.wait_until = now + _ROLLOVER
-        return False
-    session.issuance, session.authorizations = published, authorizations
-    return True
-
-
-def _answer_challenges(bench: Bench, session: Session) -> None:
-    account = account_of(bench, session)
-    if session.authorizations is None:
-        session.authorizations = _fetch_authorizations(bench, session, account)
-    _tell_to_look(bench, session, account)
-    record(bench, session, State.VALIDATING)
-    _wait(bench, session)
-
-
-def _tell_to_look(bench: Bench, session: Session, account: Account) -> None:
-    for authorization in to_answer(session.authorizations or ()):
-        challenge = authorization.http01()
-        assert challenge is not None
-        try:
-            bench.client.answer_challenge(account, challenge.url)
-        except ProblemReported as refused:
-            # It is not pending any more: another order that shares it (Boulder) was quicker. Or that was not why.
-            if refused.problem.code != "malformed" or to_answer(
-                [bench.client.fetch_authorization(account, authorization.url)]
-            ):
-                raise
-
-
-def _note_authorized(bench: Bench, session: Session) -> None:
-    session.looks, session.authorizations = 0, None
-    record(bench, session, State.AUTHORIZED)
-
-
-def _prove_again(bench: Bench, session: Session) -> None:
-    """Prove what the CA wants proved, once with every claim; in between it is waited for as if it were busy."""
-    if session.authorizations is None:
-        if not _publish(bench, session, State(session.issuance.state)):
-            return
-        _tell_to_look(bench, session, account_of(bench, session))
-    _wait(bench, session)
-
-
 def _intend_finalize(bench: Bench, session: Session) -> None:
     now = bench.clock()
 
@@ -278,7 +194,7 @@ def _finalize(bench: Bench, session: Session) -> None:
         session.looks = 0
         record(bench, session, State.FINALIZING)
     if session.order.status is OrderStatus.READY:
-        _wait(bench, session)  # it took no notice; the next look says whether to finalize again
+        trouble.await_ca(bench, session)  # it took no notice; the next look says whether to finalize again
 
 
 def _note_issued(bench: Bench, session: Session) -> None:
@@ -296,7 +212,7 @@ def _download(bench: Bench, session: Session) -> None:
         chain = _check(bench, session, text, now)
     except ChainUnreadable as error:
         # Nobody knows what it is, so the order may be as good as any other: it is downloaded again while it lives.
-        if _has_expired(session, now):
+        if session.order_has_expired(now):
             raise
         raise AnswerFault(url, f"{error}; {quote_damaged(text.encode())}") from error
     leaf = chain.leaf
@@ -347,53 +263,22 @@ def _switch(tx: Connection, bench: Bench, session: Session, chain: Chain, key_pe
     return closed
 
 
-def _wait(bench: Bench, session: Session) -> None:
-    """The CA is busy; look again when it says, or soon and then ever more rarely (RFC 8555 §7.5.1)."""
-    order = session.order
-    retry_after = order.retry_after if order is not None else None
-    now = bench.clock()
-    if _has_expired(session, now):
-        detail = "the CA never finished the order before it expired"
-        hint = "a new order is made; ask the CA if this lasts"
-        trouble.fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", detail, hint))
-        return
-    wait = wait_for(retry_after, session.looks)
-    session.wait_until = now + (wait if now - session.issuance.state_at < POLLING else max(wait, REST))
-    session.looks += 1
-    session.order = None
-
-
-def _explain_failure(bench: Bench, session: Session) -> None:
-    assert session.order is not None
-    known = session.authorizations or ()
-    verdicts = {a.url: a for a in known if a not in still_validating(known)}
-    authorizations = _fetch_authorizations(bench, session, account_of(bench, session), verdicts)
-    now = bench.clock()
-    if still_validating(authorizations) and now - session.issuance.state_at < _VERDICTS:
-        # What it finds of the others is worth an order each: those without their dead names, all at once.
-        session.authorizations, session.wait_until = authorizations, now + _VERDICT
-        return
-    failure = classify_order(session.order, authorizations)
-    refused = names_refused(session.dns_names, session.order, authorizations)
-    trouble.fail(bench, session, *trouble.look_for_ourselves(bench, session, failure, refused))
-
-
 _ACTS: dict[Action, Callable[[Bench, Session], None]] = {
     Action.MAKE_KEY: _make_key,
     Action.INTEND_ORDER: _intend_order,
     Action.PLACE_ORDER: _place_order,
     Action.LOOK: _look,
-    Action.PUBLISH_CHALLENGES: _publish_challenges,
-    Action.ANSWER_CHALLENGES: _answer_challenges,
-    Action.NOTE_AUTHORIZED: _note_authorized,
-    Action.PROVE_AGAIN: _prove_again,
+    Action.PUBLISH_CHALLENGES: prove.publish_challenges,
+    Action.ANSWER_CHALLENGES: prove.answer_challenges,
+    Action.NOTE_AUTHORIZED: prove.note_authorized,
+    Action.PROVE_AGAIN: prove.prove_again,
     Action.INTEND_FINALIZE: _intend_finalize,
     Action.FINALIZE: _finalize,
     Action.NOTE_ISSUED: _note_issued,
     Action.DOWNLOAD: _download,
     Action.ACTIVATE: _activate,
-    Action.WAIT: _wait,
-    Action.EXPLAIN_FAILURE: _explain_failure,
+    Action.WAIT: trouble.await_ca,
+    Action.EXPLAIN_FAILURE: prove.explain_failure,
 }
 
 
@@ -409,33 +294,7 @@ def _still_wanted(bench: Bench, session: Session) -> bool:
     return False
 
 
-def _fetch_authorizations(
-    bench: Bench, session: Session, account: Account, known: Mapping[str, Authorization] = _NOTHING_KNOWN
-) -> tuple[Authorization, ...]:
-    """Return the order's authorizations; the CA is asked for those that are not `known`, by URL."""
-    assert session.order is not None
-    urls = session.order.authorization_urls
-    return tuple(known.get(url) or bench.client.fetch_authorization(account, url) for url in urls)
-
-
-def _token_of(authorization: Authorization) -> str:
-    """Return the token to publish; whatever else a CA sends must never reach the responder."""
-    challenge = authorization.http01()
-    if challenge is None:
-        offered = ", ".join(sorted({c.type for c in authorization.challenges})) or "nothing"
-        raise AnswerFault(authorization.url, f"{authorization.dns_name}: no http-01 challenge, the CA offers {offered}")
-    if not _TOKEN.fullmatch(challenge.token):
-        raise AnswerFault(authorization.url, "the challenge's token is not 22 to 128 base64url characters")
-    return challenge.token
-
-
 def _check(bench: Bench, session: Session, chain_pem: str, now: datetime) -> Chain:
     spki, private_ca = session.issuance.spki_sha256, bench.accounts.registration.private_ca
     assert spki is not None
     return check_chain(chain_pem, spki_sha256=spki, dns_names=session.dns_names, now=now, private_ca=private_ca)
-
-
-def _has_expired(session: Session, now: datetime) -> bool:
-    """Say whether the CA may forget the order by now."""
-    expires_at = session.issuance.order_expires_at
-    return expires_at is not None and expires_at <= now

@@ -10,7 +10,16 @@ from datetime import timedelta
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.store import budget, certificates, challenges, enrolments, issuances, versions, workers
+from certworker.store import (
+    budget,
+    certificates,
+    challenges,
+    enrolments,
+    issuances,
+    thumbprints,
+    versions,
+    workers,
+)
 from certworker.store.database import Database
 
 TOKENS = timedelta(minutes=10)
@@ -39,6 +48,7 @@ class Reaped:
     tokens: int
     issuances: int
     tombstones: int
+    """Of certificates, and of hosts that are answered for no more."""
     nodes: int
     buckets: int
     versions: int
@@ -54,7 +64,8 @@ def reap(db: Database, clock: Clock) -> Reaped:
             abandoned=issuances.cancel_abandoned(tx, now - ABANDONED, now),
             tokens=challenges.withdraw_stale(tx, now - TOKENS),
             issuances=issuances.forget_keys(tx, now - HISTORY, now),
-            tombstones=certificates.forget_removed(tx, now - TOMBSTONES),
+            tombstones=certificates.forget_removed(tx, now - TOMBSTONES)
+            + thumbprints.forget_removed(tx, now - TOMBSTONES),
             versions=versions.forget_old(tx, KEPT_VERSIONS),
             nodes=enrolments.forget(tx, FORMER_NODES),
             buckets=budget.forget_full(tx, now - FULL_BUCKETS, _MOST_BUCKETS),

@@ -17,6 +17,7 @@ from certworker.clock import Clock
 from certworker.core.certificate import normalise_pair, read_leaf
 from certworker.core.names import MAX_NAMES, check_name
 from certworker.errors import ChainRefused, InputError, NameRefused, SealError, StoreError, StoreRefused
+from certworker.steps import thumbprints
 from certworker.store import certificates, changes, issuances, lineages, policies, settings_kv
 from certworker.store.certificates import StoredCertificate
 from certworker.store.database import Database
@@ -56,12 +57,14 @@ def reconcile(
     sealer: Sealer,
     going: Callable[[], bool] = lambda: True,
     taken: Callable[[], object] = lambda: None,
+    thumbprint: Callable[[Connection], str | None] = lambda _: None,
 ) -> int:
     """Take over everything that was noted, while `going`; return how many rows were looked at.
 
-    `taken` is called now and then when some have been, and in the end.
+    `taken` is called now and then when some have been, and in the end. `thumbprint` is that of the account
+    which stateless listeners answer for (see `thumbprints.has_changed`).
     """
-    _sweep(db, clock, wanted)
+    _sweep(db, clock, wanted, thumbprint)
     topics = [
         _Topic(changes.POLICY, partial(_take_policy, wanted=wanted), _refuse_policy),
         _Topic(changes.CERTIFICATE, partial(_take_certificate, sealer=sealer), _refuse_row),
@@ -162,6 +165,7 @@ def _take_policy(tx: Connection, policy_id: str, *, wanted: Wanted, now: datetim
     _settle(tx, sorted({*wanted_ids, *changed}), now)
     policies.refresh_status(tx, policy_id, now)
     certificates.touch(tx, changed)
+    thumbprints.keep(tx, sorted({*wanted_ids, *changed}), now)
 
 
 def _asks(policy: Policy | None) -> tuple[object, ...] | None:
@@ -219,13 +223,15 @@ def _take_removal(tx: Connection, certificate_id: str, now: datetime) -> None:
         changes.note(tx, changes.POLICY, policies.manual_ids(tx))
 
 
-def _sweep(db: Database, clock: Clock, wanted: Wanted) -> None:
+def _sweep(db: Database, clock: Clock, wanted: Wanted, thumbprint: Callable[[Connection], str | None]) -> None:
     """Note a page of policies again if a sweep is due or under way."""
 
     def note_page(tx: Connection) -> None:
         now = clock()
         after = settings_kv.find(tx, _SWEEP_AFTER)
-        if after is None and not _sweep_due(tx, wanted, now):
+        if thumbprints.has_changed(tx, thumbprint):
+            after = ""  # from the start, also if one is under way
+        elif after is None and not _sweep_due(tx, wanted, now):
             return
         page = policies.list_all(tx, after=after or "", limit=_PAGE)
         changes.note(tx, changes.POLICY, [policy.id for policy in page])

@@ -22,6 +22,7 @@ from certworker.errors import (
     InputError,
     OverBudget,
     ProblemReported,
+    SealError,
     TermsNotAgreed,
 )
 from certworker.store import accounts, audit, budget
@@ -122,6 +123,16 @@ class Accounts:
         if stored is None:
             raise AccountGone(_DELETED)
         return None if stored.is_rolling(self.clock()) else self.open(stored).key
+
+    def thumbprint(self, tx: Transaction) -> str | None:
+        """Return the thumbprint of the key that new orders are made with, None while there is none for certain."""
+        stored = accounts.find_default(tx, self.directory_url)
+        if stored is None or stored.is_rolling(self.clock()):
+            return None
+        try:
+            return self.open(stored).key.thumbprint
+        except (InputError, SealError):
+            return None  # every issuance says so
 
     def recover(self, account_id: str, refused: Account, code: str) -> bool:
         """The CA answered with the error `code` to what `refused` signed: say whether the account was why.

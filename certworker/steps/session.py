@@ -3,7 +3,7 @@
 Shared by `issue`, which moves it forward, `trouble`, which says what a failure leads to, and `crew`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -43,6 +43,8 @@ class Bench:
     """What DNS says of a name, as text: for the hint after a failed validation."""
     look_up_caa: Callable[[str], object]
     """Who may issue for it, as DNS says."""
+    unready: Callable[[Sequence[str], str], str | None]
+    """Why not every proxy answers challenges for these names with this thumbprint; None if all do."""
     moved: Callable[["Session"], None]
     """Told after every commit, for logs and progress; must not raise."""
 
@@ -83,6 +85,11 @@ class Session:
     def is_urgent(self, now: datetime) -> bool:
         """Say whether the certificate that serves is about to end."""
         return is_urgent(now, self.lineage.validity)
+
+    def order_has_expired(self, now: datetime) -> bool:
+        """Say whether the CA may forget the order by now."""
+        expires_at = self.issuance.order_expires_at
+        return expires_at is not None and expires_at <= now
 
     def look_anew(self) -> None:
         """Forget what the CA said."""

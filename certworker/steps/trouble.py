@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from certworker.ca.problems import classify
 from certworker.core.budget import Charge, charges_of_order, of_certificates, validations_bucket
 from certworker.core.certificate import Validity
-from certworker.core.issuance import State, may_leave_out
+from certworker.core.issuance import POLLING, REST, State, may_leave_out, wait_for
 from certworker.core.names import names_hash
 from certworker.core.renewal import Reason, Wait, decide_renewal, drops_replaces, is_urgent
 from certworker.core.retry import Endpoint, ErrorClass, Failure, names_refused, retry_at
@@ -157,6 +157,27 @@ def await_same_names(bench: Bench, session: Session) -> None:
     failure = Failure(ErrorClass.TRANSIENT, "certworker:same-names", detail, "nothing to do: it is next")
     attempt_at = now + _SAME_NAMES
     _release(bench, session, attempt_at, describe(failure, now, attempt_at), session.issuance.failures)
+
+
+def await_ca(bench: Bench, session: Session) -> None:
+    """Look again when a busy CA says, or soon and then ever more rarely (RFC 8555 §7.5.1)."""
+    retry_after = session.order.retry_after if session.order is not None else None
+    now = bench.clock()
+    if session.order_has_expired(now):
+        detail = "the CA never finished the order before it expired"
+        hint = "a new order is made; ask the CA if this lasts"
+        fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", detail, hint))
+        return
+    wait = wait_for(retry_after, session.looks)
+    session.wait_until = now + (wait if now - session.issuance.state_at < POLLING else max(wait, REST))
+    session.looks += 1
+    session.order = None
+
+
+def await_proxies(bench: Bench, session: Session, unready: str) -> None:
+    """Keep an order whose challenges not every proxy can answer: a CA that looked now would fail the name."""
+    hint = "nothing was asked of the CA; see `certworker node list` for the node, or remove one that is gone for good"
+    put_off(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:proxies", unready, hint))
 
 
 def await_start(bench: Bench, session: Session, validity: Validity, takes_over_at: datetime) -> None:

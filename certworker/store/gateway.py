@@ -50,6 +50,14 @@ def names(tx: Connection) -> dict[str, str]:
     return found
 
 
+def is_challenge_used(tx: Connection, challenge: str) -> bool:
+    """Say whether an enabled http listener, where CAs look first, answers HTTP-01 challenges in this way."""
+    query = select(listeners.c.id).where(
+        listeners.c.enabled, listeners.c.protocol == "http", listeners.c.challenge == challenge
+    )
+    return tx.execute(query.limit(1)).first() is not None
+
+
 def export(tx: Connection) -> dict[str, list[dict[str, Any]]]:
     """Return every table as rows of the columns a document may set, ordered by id."""
     document = {}

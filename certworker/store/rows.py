@@ -65,6 +65,13 @@ def put_row(tx: Connection, table: Table, **values: Any) -> None:
     )
 
 
+def put_rows(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+    """The same for many rows at once, which name the same columns."""
+    insert = _insert(tx, table)
+    taken_over = {name: insert.excluded[name] for name in rows[0] if not table.c[name].primary_key}
+    tx.execute(insert.on_conflict_do_update(index_elements=[*table.primary_key], set_=taken_over), rows)
+
+
 def _insert(tx: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
     return sqlite.insert(table) if tx.dialect.name == "sqlite" else postgresql.insert(table)
 

@@ -460,6 +460,15 @@ removed_certificates = _table(
     Index(None, "revision"),
 )
 
+thumbprints = _table(
+    "thumbprints",
+    Column("host", Text, primary_key=True),
+    Column("thumbprint", Text),
+    Column("revision", BigInteger, nullable=False),
+    Column("updated_at", UtcTime, nullable=False),
+    Index(None, "revision"),
+)
+
 counters = _table(
     "counters",
     Column("name", Text, primary_key=True),

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from certworker.errors import SchemaError, StoreError
 from certworker.store import schema
+from certworker.store.database import SCHEMA_REVISION as NEWEST
 from certworker.store.database import Database, open_database, schema_revision
 from certworker.store.schema import downgrade, upgrade
 from tests.conftest import PostgresServer
@@ -44,7 +45,7 @@ def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     def add(lines: str) -> None:
         folder = tmp_path / "migrations"
         shutil.copytree(schema.migrations_folder(), folder, ignore=shutil.ignore_patterns("__pycache__"))
-        head = 'from alembic import op\nrevision = "9999"\ndown_revision = "0005"\n\n\ndef upgrade():\n    '
+        head = f'from alembic import op\nrevision = "9999"\ndown_revision = "{NEWEST}"\n\n\ndef upgrade():\n    '
         (folder / "versions" / "9999_newer.py").write_text(head + lines)
         monkeypatch.setattr(schema, "migrations_folder", lambda: folder)
 
@@ -61,11 +62,11 @@ def test_down_and_up_again_keeps_every_row_and_key(db: Database) -> None:
     program.insert_all()
     before = read_catalog(db)
 
-    assert downgrade(db, "0001") == ("0005", "0001")
+    assert downgrade(db, "0001") == (NEWEST, "0001")
     assert rows_of(db, list(INSERTS)) == dict.fromkeys(INSERTS, 1)
     with pytest.raises(REFUSED):
         program("DELETE FROM listeners")
-    assert upgrade(db) == ("0001", "0005")
+    assert upgrade(db) == ("0001", NEWEST)
 
     assert rows_of(db, list(INSERTS)) == dict.fromkeys(INSERTS, 1)
     assert read_catalog(db) == before
@@ -82,9 +83,9 @@ def test_down_to_nothing_and_up_again(db: Database) -> None:
     """Both revisions undo all they did, the functions of PostgreSQL included."""
     before = read_catalog(db)
 
-    assert downgrade(db, "base") == ("0005", None)
+    assert downgrade(db, "base") == (NEWEST, None)
     assert read_catalog(db) == set()
-    assert upgrade(db) == (None, "0005")
+    assert upgrade(db) == (None, NEWEST)
     assert read_catalog(db) == before
 
 
@@ -128,7 +129,7 @@ def test_two_migrators_at_once(empty: Database) -> None:
     for db in both:
         db.close()
 
-    assert sorted(results, key=str) == [("0005", "0005"), (None, "0005")]
+    assert sorted(results, key=str) == [(NEWEST, NEWEST), (None, NEWEST)]
     empty.check_schema()
 
 
@@ -145,7 +146,7 @@ def test_nothing_is_left_of_a_migration_that_fails(db: Database, newer: Callable
     assert "\n" not in str(caught.value)
     assert "SELECT" not in str(caught.value)
     assert read_catalog(db) == before
-    assert db.read(schema_revision) == "0005"
+    assert db.read(schema_revision) == NEWEST
 
 
 REBUILD = 'with op.batch_alter_table("lineages", recreate="always"):\n        pass'
@@ -212,7 +213,7 @@ def test_the_file_is_copied_before_anything_changes(sqlite_db: Database, tmp_pat
     upgrade(sqlite_db)
 
     program.close()
-    for revision, logs in (("0005", 1), ("0001", 0)):
+    for revision, logs in ((NEWEST, 1), ("0001", 0)):
         path = tmp_path / f"certworker.db.before-{revision}"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         copy = open_database(f"sqlite:///{path}")
@@ -230,12 +231,12 @@ def test_nothing_is_copied_when_nothing_is_to_do(sqlite_db: Database, tmp_path: 
 
 def test_a_copy_that_was_cut_short_is_made_anew(sqlite_db: Database, tmp_path: Path) -> None:
     """What a killed migration left is not taken for a copy, and a second attempt copies what is there then."""
-    (tmp_path / "certworker.db.before-0005.unfinished").write_text("half")
-    (tmp_path / "certworker.db.before-0005").write_text("of an earlier attempt")
+    (tmp_path / f"certworker.db.before-{NEWEST}.unfinished").write_text("half")
+    (tmp_path / f"certworker.db.before-{NEWEST}").write_text("of an earlier attempt")
 
     downgrade(sqlite_db, "0001")
 
-    copy = open_database(f"sqlite:///{tmp_path / 'certworker.db.before-0005'}")
+    copy = open_database(f"sqlite:///{tmp_path}/certworker.db.before-{NEWEST}")
     copy.check_schema()
     copy.close()
     assert list(tmp_path.glob("*.unfinished")) == []
@@ -246,15 +247,15 @@ def test_a_copy_that_was_cut_short_is_made_anew(sqlite_db: Database, tmp_path: P
 
 def test_an_empty_database_is_told_to_init(empty: Database) -> None:
     """No traceback about a missing table."""
-    with pytest.raises(SchemaError, match=r"is empty, this release needs 0005: run `certworker init`"):
+    with pytest.raises(SchemaError, match=rf"is empty, this release needs {NEWEST}: run `certworker init`"):
         empty.check_schema()
-    assert schema.differences(empty) == ["the schema is empty, this release needs 0005"]
+    assert schema.differences(empty) == [f"the schema is empty, this release needs {NEWEST}"]
 
 
 def test_an_old_schema_is_told_to_upgrade(db: Database) -> None:
     """And one made by a newer release not to be touched."""
     downgrade(db, "0001")
-    with pytest.raises(SchemaError, match=r"is 0001, this release needs 0005: run `certworker db upgrade`"):
+    with pytest.raises(SchemaError, match=rf"is 0001, this release needs {NEWEST}: run `certworker db upgrade`"):
         db.check_schema()
     upgrade(db)
     db.check_schema()

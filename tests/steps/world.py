@@ -1,5 +1,6 @@
 """A small world for steps: a real database, a CA in memory, a clock that tests move."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -9,6 +10,7 @@ from sqlalchemy import text
 from certworker.ca.client import Client
 from certworker.ca.transport import Http
 from certworker.core.budget import Limits
+from certworker.steps import barrier
 from certworker.steps.gate import Gate
 from certworker.steps.issue import advance
 from certworker.steps.reconcile import Wanted, reconcile
@@ -25,6 +27,7 @@ from tests.ca.fake import FakeCa
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 KEK = bytes(range(32))
+NODE_SILENT = timedelta(seconds=60)
 
 
 @dataclass
@@ -70,12 +73,16 @@ class World:
         gate = Gate(self.db, self.ca.directory_url, self.clock, lambda: self.draw, self.worker, "as in tests")
         return Bench(
             self.db, client, accounts, gate, self.limits, self.sealer, self.clock, lambda: self.draw,
-            self._look_up, lambda dns_name: f'CAA records of {dns_name}: 0 issue "other.example"', self._moved,
+            self._look_up, lambda dns_name: f'CAA records of {dns_name}: 0 issue "other.example"', self._unready,
+            self._moved,
         )  # fmt: skip
 
     def _look_up(self, dns_name: str) -> str:
         self.looked_up.append(dns_name)
         return "A 127.0.0.1, no AAAA record"
+
+    def _unready(self, dns_names: Sequence[str], thumbprint: str) -> str | None:
+        return self.db.read(lambda tx: barrier.why_not(tx, dns_names, thumbprint, NODE_SILENT))
 
     def _moved(self, session: Session) -> None:
         self.moves.append(session.issuance.state)
@@ -88,7 +95,7 @@ class World:
 
     def take_over(self) -> None:
         """Reconcile and scan."""
-        reconcile(self.db, self.clock, self.wanted, self.sealer)
+        reconcile(self.db, self.clock, self.wanted, self.sealer, thumbprint=self.bench().accounts.thumbprint)
         scan(self.db, self.clock)
 
     # -- work -----------------------------------------------------------------------------------------

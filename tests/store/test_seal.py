@@ -20,7 +20,7 @@ from certworker.settings import Settings, load
 from certworker.store import accounts, certificates, issuances, policies, schema, settings_kv
 from certworker.store.accounts import StoredAccount
 from certworker.store.certificates import StoredCertificate
-from certworker.store.database import Database, open_database
+from certworker.store.database import SCHEMA_REVISION, Database, open_database
 from certworker.store.schema import upgrade
 from certworker.store.seal import PREFIX, Sealer, is_sealed, make_kek, read_kek
 
@@ -206,7 +206,8 @@ def test_init_makes_everything_once(settings: Settings) -> None:
     made = wiring.initialise(settings, upgrade)
     kek = read_kek(wiring.kek_path(settings))
 
-    assert [line.split(" /")[0] for line in made] == ["data folder", "key-encryption key", "database schema 0004"]
+    schema_made = f"database schema {SCHEMA_REVISION}"
+    assert [line.split(" /")[0] for line in made] == ["data folder", "key-encryption key", schema_made]
     assert stat.S_IMODE(settings.data_dir.stat().st_mode) == 0o700
     assert wiring.initialise(settings, upgrade) == []
     assert read_kek(wiring.kek_path(settings)) == kek

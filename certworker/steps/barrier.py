@@ -1,0 +1,41 @@
+"""Whether the proxies can answer the CA for a name, before the CA is told to look.
+
+A CA looks from several places at once and at any address of the name, so every live node has to be able
+to answer, or a validation is spent for nothing. Only listeners that answer by themselves (`stateless`)
+need anything at order time: the host's thumbprint, which each node proves that it answers with.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from certworker.core.gateway import STATELESS
+from certworker.store import gateway, nodes, thumbprints
+from certworker.store.database import Transaction
+from certworker.store.nodes import NodeStatus
+from certworker.store.thumbprints import Thumbprint
+
+
+def why_not(tx: Transaction, dns_names: Sequence[str], thumbprint: str, silent: timedelta) -> str | None:
+    """Return why not every live node answers for these names with this account's thumbprint; None if all do.
+
+    A node that was not heard of for `silent` is not waited for: it may never come back.
+    """
+    if not gateway.is_challenge_used(tx, STATELESS):
+        return None
+    rows = thumbprints.of_hosts(tx, dns_names)
+    for name in dns_names:
+        row = rows.get(name)
+        if row is None or row.thumbprint != thumbprint:
+            return f"no thumbprint of the account is on its way to the proxies for {name} yet"
+    live = nodes.live(tx, silent)
+    if not live:
+        return f"no node was heard of within {silent.total_seconds():.0f} s, so nothing answers on port 80"
+    return next((why for node in live for row in rows.values() if (why := _lacks(node, row))), None)
+
+
+def _lacks(node: NodeStatus, row: Thumbprint) -> str | None:
+    if (why := node.unanswered.get(row.host)) is not None:
+        return f"{node.node_id}: {row.host}: {why}"
+    if node.revision < row.revision:
+        return f"{node.node_id}: has not proved yet that it answers for {row.host}"
+    return None

@@ -1,0 +1,161 @@
+"""An order's names are proved: answers published, the CA told to look, and what it found (RFC 8555 §7.5, §8.3)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+from sqlalchemy import Connection
+
+from certworker.ca.client import Account
+from certworker.core.issuance import State, still_validating, to_answer, unproved
+from certworker.core.order import Authorization
+from certworker.core.retry import classify_order, names_refused
+from certworker.errors import AnswerFault, ProblemReported
+from certworker.steps import trouble
+from certworker.steps.session import Bench, Session, account_of, record
+from certworker.store import challenges, issuances
+from certworker.store.issuances import Issuance
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
+
+_ROLLOVER = timedelta(seconds=1)
+"""How often an issuance looks whether its account's key change is done."""
+_PROXY, _PROXIES = timedelta(seconds=1), timedelta(seconds=30)
+"""How often, and for how long since the answers were published, it is asked whether every proxy gives them."""
+_VERDICT, _VERDICTS = timedelta(seconds=5), timedelta(seconds=30)
+"""How often, and for how long since it was told to look, a CA is asked that is done with some names only."""
+_NOTHING_KNOWN: Mapping[str, Authorization] = {}
+
+
+class NotYet(Exception):
+    """The CA was not told anything, because it would not find the answer; the session waits, or was put off."""
+
+
+def publish_challenges(bench: Bench, session: Session) -> None:
+    """Let the responders answer."""
+    _publish(bench, session, State.PUBLISHED)
+
+
+def answer_challenges(bench: Bench, session: Session) -> None:
+    """Tell the CA that it may look."""
+    account = account_of(bench, session)
+    if session.authorizations is None:
+        session.authorizations = _fetch_authorizations(bench, session, account)
+    _tell_to_look(bench, session, account, session.authorizations)
+    record(bench, session, State.VALIDATING)
+    trouble.await_ca(bench, session)
+
+
+def prove_again(bench: Bench, session: Session) -> None:
+    """Prove what the CA wants proved, once with every claim; in between it is waited for as if it were busy."""
+    if session.authorizations is None:
+        proving = _publish(bench, session, State(session.issuance.state))
+        session.authorizations = None  # not told yet
+        _tell_to_look(bench, session, account_of(bench, session), proving)
+        session.authorizations = proving
+    trouble.await_ca(bench, session)
+
+
+def note_authorized(bench: Bench, session: Session) -> None:
+    """Commit that the CA has nothing left to look at."""
+    session.looks, session.authorizations = 0, None
+    record(bench, session, State.AUTHORIZED)
+
+
+def explain_failure(bench: Bench, session: Session) -> None:
+    """Find out which names an invalid order died of; what a failing challenge says outweighs the rest."""
+    assert session.order is not None
+    known = session.authorizations or ()
+    verdicts = {a.url: a for a in known if a not in still_validating(known)}
+    authorizations = _fetch_authorizations(bench, session, account_of(bench, session), verdicts)
+    now = bench.clock()
+    if still_validating(authorizations) and now - session.issuance.state_at < _VERDICTS:
+        # What it finds of the others is worth an order each: those without their dead names, all at once.
+        session.authorizations, session.wait_until = authorizations, now + _VERDICT
+        return
+    failure = classify_order(session.order, authorizations)
+    refused = names_refused(session.dns_names, session.order, authorizations)
+    trouble.fail(bench, session, *trouble.look_for_ourselves(bench, session, failure, refused))
+
+
+def _publish(bench: Bench, session: Session, state: State) -> tuple[Authorization, ...]:
+    """Read the authorizations and commit, with `state`, what proves the names."""
+    now, account_id = bench.clock(), session.issuance.account_id or ""
+    if bench.db.read(lambda tx: bench.accounts.publishing_key(tx, account_id)) is None:
+        raise _later(bench, session)
+    session.authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
+    offers = [(a, _token_of(a)) for a in unproved(session.authorizations)]
+
+    def publish(tx: Connection) -> Issuance | None:
+        key = bench.accounts.publishing_key(tx, account_id)
+        if key is None:
+            return None
+        for authorization, token in offers:
+            challenges.publish(
+                tx, session.issuance.id, authorization.url, authorization.dns_name, token,
+                key.key_authorization(token), now,
+            )  # fmt: skip
+        return issuances.record(tx, session.issuance, now, state=state)
+
+    published = bench.db.write(publish)
+    if published is None:
+        raise _later(bench, session)
+    session.issuance = published
+    return session.authorizations
+
+
+def _later(bench: Bench, session: Session) -> NotYet:
+    """The account's key is being changed: the CA would compare with the new one."""
+    session.wait_until = bench.clock() + _ROLLOVER
+    return NotYet()
+
+
+def _tell_to_look(bench: Bench, session: Session, account: Account, authorizations: Sequence[Authorization]) -> None:
+    """Let the CA look at everything that it has not looked at."""
+    pending = to_answer(authorizations)
+    if pending:
+        _await_proxies(bench, session, [a.dns_name for a in pending], account.key.thumbprint)
+    for authorization in pending:
+        challenge = authorization.http01()
+        assert challenge is not None
+        try:
+            bench.client.answer_challenge(account, challenge.url)
+        except ProblemReported as refused:
+            # It is not pending any more: another order that shares it (Boulder) was quicker. Or that was not why.
+            if refused.problem.code != "malformed" or to_answer(
+                [bench.client.fetch_authorization(account, authorization.url)]
+            ):
+                raise
+
+
+def _await_proxies(bench: Bench, session: Session, dns_names: Sequence[str], thumbprint: str) -> None:
+    """Raise NotYet unless every proxy can answer the CA: wherever it looks, it has to find the same."""
+    unready = bench.unready(dns_names, thumbprint)
+    if unready is None:
+        return
+    now = bench.clock()
+    if now - session.issuance.state_at < _PROXIES:
+        session.wait_until = now + _PROXY
+    else:
+        trouble.await_proxies(bench, session, unready)
+    raise NotYet
+
+
+def _fetch_authorizations(
+    bench: Bench, session: Session, account: Account, known: Mapping[str, Authorization] = _NOTHING_KNOWN
+) -> tuple[Authorization, ...]:
+    """Return the order's authorizations; the CA is asked for those that are not `known`, by URL."""
+    assert session.order is not None
+    urls = session.order.authorization_urls
+    return tuple(known.get(url) or bench.client.fetch_authorization(account, url) for url in urls)
+
+
+def _token_of(authorization: Authorization) -> str:
+    """Return the token to publish; whatever else a CA sends must never reach the responder."""
+    challenge = authorization.http01()
+    if challenge is None:
+        offered = ", ".join(sorted({c.type for c in authorization.challenges})) or "nothing"
+        raise AnswerFault(authorization.url, f"{authorization.dns_name}: no http-01 challenge, the CA offers {offered}")
+    if not _TOKEN.fullmatch(challenge.token):
+        raise AnswerFault(authorization.url, "the challenge's token is not 22 to 128 base64url characters")
+    return challenge.token

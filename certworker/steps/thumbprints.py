@@ -1,0 +1,40 @@
+"""What stateless listeners answer challenges with follows from the policies and the account.
+
+One thumbprint for all hosts: that of the account new orders are made with. Another one (a changed key,
+another account, the first stateless listener, the last one gone) has every policy noted again, so that
+the rows follow a page at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+from certworker.core.gateway import STATELESS
+from certworker.store import gateway, settings_kv, thumbprints
+from certworker.store.database import Transaction
+
+_NONE = ""
+"""settings_kv: no listener is stateless any more, and rows are taken away."""
+
+
+def has_changed(tx: Transaction, of_account: Callable[[Transaction], str | None]) -> bool:
+    """Remember what hosts are to answer with now, and say whether that is news.
+
+    `of_account` returns the thumbprint of the account that orders are made with; None before there is one,
+    and while its key is being changed: then what is known stands.
+    """
+    known = settings_kv.find(tx, settings_kv.THUMBPRINT)
+    if not gateway.is_challenge_used(tx, STATELESS):
+        now = None if known is None else _NONE
+    else:
+        now = of_account(tx) or known
+    if now is None or now == known:
+        return False
+    settings_kv.put(tx, settings_kv.THUMBPRINT, now)
+    return True
+
+
+def keep(tx: Transaction, lineage_ids: Sequence[str], now: datetime) -> None:
+    """Bring the rows of these lineages' hosts up to date; costs nothing while no listener was ever stateless."""
+    thumbprint = settings_kv.find(tx, settings_kv.THUMBPRINT)
+    if thumbprint is not None:
+        thumbprints.keep(tx, lineage_ids, thumbprint or None, now)
