@@ -28,9 +28,10 @@ from certworker.steps.publish import figures, pass_over_changes, publish_changes
 from certworker.steps.reap import reap
 from certworker.steps.reconcile import reconcile
 from certworker.steps.refresh_ari import refresh_ari
+from certworker.steps.roll_back import take_back_certificates, take_back_version
 from certworker.steps.scan import scan
 from certworker.steps.session import Session
-from certworker.steps.verify import verify
+from certworker.steps.verify import count_overdue, verify
 from certworker.store import issuances, report, settings_kv, workers
 from certworker.store.database import Transaction
 from certworker.store.listen import COUNTERS
@@ -66,6 +67,8 @@ class Service:
         self._place = wiring.take_place(app)
         self._listener = wiring.make_listener(app, self._told)
         self._announced = False
+        self._overdue = 0
+        """Certificates that nodes should have served by now, when it was last looked."""
         self._stopping = threading.Event()
         try:
             self._bench = wiring.make_bench(app, self._worker_id, self._moved)
@@ -155,6 +158,7 @@ class Service:
             Job("scan", self._scan, interval),
             Job("expire", self._expire, min(_EXPIRE, interval)),
             Job("verify", self._verify, min(_LOOK, interval)),
+            Job("roll_back", self._roll_back, min(_LOOK, interval)),
             Job("refresh_ari", self._refresh_ari, min(_ARI, interval)),
             Job("gate", self._look_at_gate, _GATE),
             Job("reap", lambda: reap(self._app.db, self._app.clock), _REAP),
@@ -167,7 +171,10 @@ class Service:
 
     def _reconcile(self) -> None:
         app = self._app
-        reconcile(app.db, app.clock, app.wanted, app.sealer, self._going, taken=self._scan)
+        reconcile(
+            app.db, app.clock, app.wanted, app.sealer, self._going, taken=self._scan,
+            thumbprint=self._bench.accounts.thumbprint,
+        )  # fmt: skip
 
     def _scan(self) -> None:
         report = scan(self._app.db, self._app.clock, self._going)
@@ -215,6 +222,17 @@ class Service:
         served = verify(self._app.db, self._app.clock, self._app.settings.node_silent)
         if served:
             _log.info("certificates.served", extra={"count": served})
+        overdue = self.overdue()
+        if overdue > self._overdue:
+            _log.error("certificates.not_served", extra={"count": overdue, "hint": "see `certworker status`"})
+        self._overdue = overdue
+
+    def _roll_back(self) -> None:
+        app, silent = self._app, self._app.settings.node_silent
+        version = take_back_version(app.db, app.clock, app.defaults, silent)
+        certificates = take_back_certificates(app.db, app.clock, app.sealer, self._bench.draw, silent)
+        if (version or certificates) and self._node is not None:
+            self._node.poke()
 
     # -- facts for the API (api.metrics.Facts) ----------------------------------------------------------
 
@@ -230,6 +248,9 @@ class Service:
 
     def ca_available(self) -> bool:
         return self._bench.gate.closed_until() is None
+
+    def overdue(self) -> int:
+        return count_overdue(self._app.db, self._app.clock)
 
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         return self._app.db.read(report.counts)

@@ -23,6 +23,9 @@ class Facts(Protocol):
     def ca_available(self) -> bool:
         """Say whether the CA may be asked now."""
 
+    def overdue(self) -> int:
+        """Return how many certificates should be served by every live node by now, and are not."""
+
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         """Return rows by status: `certificates`, `policies`, `open_issuances`."""
 
@@ -54,6 +57,11 @@ class FactsCollector(Collector):
         )
         available.add_metric([], int(self._facts.ca_available()))
         yield available
+        overdue = GaugeMetricFamily(
+            "certworker_certificates_not_served", "Certificates that some live node should serve by now, and does not"
+        )
+        overdue.add_metric([], self._facts.overdue())
+        yield overdue
         for table, by_status in self._facts.counts().items():
             family = GaugeMetricFamily(f"certworker_{table}", f"Rows of {table} by status", labels=["status"])
             for status, count in sorted(by_status.items()):

@@ -78,6 +78,10 @@ class Heartbeat:
     """Certificate id -> SHA-256 of the leaf that the proxy presented, for what changed lately."""
     unserved: Mapping[str, str] = field(default_factory=dict)
     """Certificate id -> why the proxy does not present it."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Those of `unserved` that the proxy was not given: key and chain do not fit, or its own check says no."""
+    refused_version_id: str | None = None
+    """The newest version, if it was not taken over."""
     unanswered: Mapping[str, str] = field(default_factory=dict)
     """DNS name -> why a challenge for it is not answered with its thumbprint."""
     warnings: tuple[str, ...] = ()

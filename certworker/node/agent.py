@@ -315,6 +315,8 @@ class Agent:
             proxy=self._proxy_name,
             fingerprints=dict(self._proved),
             unserved=self._unserved(served),
+            refused=dict(self._state.refused),
+            refused_version_id=None if self._refused is None else self._refused[0],
             unanswered=dict(self._state.unanswered),
             warnings=self._warnings,
             error=troubles[0] if troubles else None,

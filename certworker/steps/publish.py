@@ -42,10 +42,12 @@ class Hold:
     by: str
     at: str
     """ISO 8601."""
+    why: str = ""
 
     def __str__(self) -> str:
+        because = f" because {self.why}" if self.why else ""
         return (
-            f"version {self.number} was published by {self.by} instead of the rows, at {self.at}; "
+            f"version {self.number} was published by {self.by} instead of the rows, at {self.at}{because}; "
             "the rows are published again by `certworker config publish`, or when they say the same"
         )
 
@@ -75,6 +77,8 @@ class _Move:
     now: datetime
     defaults: Defaults
     by: str
+    why: str = ""
+    """What led to it, where nobody asked for it."""
 
 
 def publish(
@@ -139,6 +143,25 @@ def roll_back(
     is no such version.
     """
     return _carry_out(db, clock, defaults, created_by, lambda move: _roll_back(move, number))
+
+
+def take_back(db: Database, clock: Clock, defaults: Defaults, version_id: str, why: str) -> Published | None:
+    """Publish what was published before `version_id`, which some node does not serve; None if it stays.
+
+    It stays where a newer one is published by now, where it brought back an older one itself (nodes would be
+    led to and fro), and where there is none before it.
+    """
+
+    def act(move: _Move) -> Published:
+        current = versions.find_published(move.tx)
+        if current is None or current.id != version_id or current.restores is not None or current.number is None:
+            return Published(current)
+        if versions.find_before(move.tx, current.number, current.digest) is None:
+            return Published(current)
+        return _roll_back(replace(move, why=why), None)
+
+    done = _carry_out(db, clock, defaults, audit.WORKER, act)
+    return done if done.changed else None
 
 
 def find_hold(tx: Connection) -> Hold | None:
@@ -301,7 +324,8 @@ def _hold_unless_same(move: _Move, published: VersionRow | None) -> None:
     if published is None or build(gateway.read(move.tx), move.defaults).snapshot.digest() == published.digest:
         settings_kv.forget(move.tx, HOLD)
     elif held is None or held.number != published.number:
-        hold = {"number": published.number, "by": move.by, "at": move.now.isoformat(timespec="seconds")}
+        at = move.now.isoformat(timespec="seconds")
+        hold = {"number": published.number, "by": move.by, "at": at, "why": move.why}
         settings_kv.put(move.tx, HOLD, json.dumps(hold))
 
 
@@ -328,6 +352,8 @@ def _audit(move: _Move, action: str, version: Version, snapshot: Snapshot, curre
     diff = {"table": "config_versions", "id": version.id, "before": before, "after": version.number}
     if version.restores is not None:
         diff["restores"] = version.restores
+    if move.why:
+        diff["reason"] = move.why
     _record(move, action, diff, "changes", listed)
 
 

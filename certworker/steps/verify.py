@@ -11,6 +11,8 @@ from certworker.store.lineages import Unserved
 from certworker.store.nodes import NodeStatus
 
 _PAGE = 500
+OVERDUE = timedelta(minutes=5)
+"""A certificate that some node does not serve so long after it came is an alert."""
 
 
 def verify(db: Database, clock: Clock, silent: timedelta) -> int:
@@ -28,6 +30,15 @@ def verify(db: Database, clock: Clock, silent: timedelta) -> int:
         if len(page) < _PAGE:
             return served
         after = page[-1].lineage_id
+
+
+def count_overdue(db: Database, clock: Clock) -> int:
+    """Return how many certificates should be served by now and are not; 0 where there never was a node."""
+
+    def count(tx: Connection) -> int:
+        return lineages.count_unserved(tx, clock() - OVERDUE) if nodes.is_any(tx) else 0
+
+    return db.read(count)
 
 
 def missing(unserved: Unserved, node: NodeStatus) -> str | None:

@@ -148,6 +148,25 @@ def history(tx: Connection, lineage_id: str, limit: int = 20) -> list[Issuance]:
     return [to_value(Issuance, row) for row in tx.execute(query)]
 
 
+def find_before(tx: Connection, lineage_id: str, now: datetime, *, came_before: datetime) -> Issuance | None:
+    """Return what made the certificate before the present one, if that has not ended.
+
+    None also while the present one came after `came_before`.
+    """
+    present = select(lineages.c.issuance_id).where(lineages.c.id == lineage_id).scalar_subquery()
+    settled = select(issuances.c.closed_at).where(issuances.c.id == present, issuances.c.closed_at <= came_before)
+    made = (issuances.c.state == State.DONE, issuances.c.not_after > now)
+    query = (
+        select(*columns_of(Issuance, issuances))
+        .where(issuances.c.lineage_id == lineage_id, *made)
+        .where(issuances.c.closed_at < settled.scalar_subquery())
+        .order_by(issuances.c.closed_at.desc())
+        .limit(1)
+    )
+    row = tx.execute(query).first()
+    return None if row is None else to_value(Issuance, row)
+
+
 def claim(
     tx: Connection,
     worker: str,

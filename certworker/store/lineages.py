@@ -11,7 +11,7 @@ from certworker.core.certificate import Leaf, Validity
 from certworker.core.names import names_hash
 from certworker.store import policies
 from certworker.store.rows import columns_of, insert_new_all, new_id, pages, to_value
-from certworker.store.tables import certificates, lineage_names, lineages, policy_lineages, tls_policies
+from certworker.store.tables import certificates, issuances, lineage_names, lineages, policy_lineages, tls_policies
 from certworker.store.types import UtcTime
 
 _WANTING = (
@@ -458,6 +458,13 @@ def unserved(tx: Connection, after: str, limit: int) -> list[Unserved]:
     if after:
         query = query.where(lineages.c.id > after)
     return [Unserved(*row) for row in tx.execute(query)]
+
+
+def count_unserved(tx: Connection, came_before: datetime) -> int:
+    """Return how many of them have waited since before this instant."""
+    waiting = _UNSERVED.join(issuances, issuances.c.id == lineages.c.issuance_id)
+    old = waiting.where(issuances.c.closed_at <= came_before).subquery()
+    return int(tx.execute(select(func.count()).select_from(old)).scalar_one())
 
 
 def unserved_among(tx: Connection, ids: list[str]) -> dict[str, Unserved]:

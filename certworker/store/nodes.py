@@ -59,6 +59,22 @@ class NodeStatus:
         return self._member("unserved")
 
     @property
+    def refused(self) -> dict[str, str]:
+        """Certificate id -> what the node, or its proxy, has against it."""
+        return self._member("refused")
+
+    @property
+    def refused_version_id(self) -> str | None:
+        """The newest version, if the node did not take it over."""
+        refused = self._value("refused_version_id")
+        return refused if isinstance(refused, str) else None
+
+    @property
+    def unanswered(self) -> dict[str, str]:
+        """Host -> why the node does not answer challenges for it."""
+        return self._member("unanswered")
+
+    @property
     def error(self) -> str | None:
         return self._text("error")
 
@@ -98,6 +114,11 @@ def find(tx: Connection, node_id: str) -> NodeStatus | None:
 def forget(tx: Connection, node_id: str) -> bool:
     """Delete what a node said, so that nobody waits for it; False if it never said anything."""
     return tx.execute(delete(node_status).where(node_status.c.node_id == node_id)).rowcount > 0
+
+
+def is_any(tx: Connection) -> bool:
+    """Say whether a node was ever heard of."""
+    return tx.execute(select(node_status.c.id).limit(1)).first() is not None
 
 
 def list_all(tx: Connection) -> list[NodeStatus]:

@@ -40,6 +40,9 @@ class World:
     def counts(self) -> Mapping[str, Mapping[str, int]]:
         return self.found
 
+    def overdue(self) -> int:
+        return 2
+
     def publishing(self) -> Mapping[str, int]:
         return {"version": 12, "refused": 0, "left_out": 3, "held": 1}
 
@@ -111,6 +114,7 @@ def test_metrics_show_the_facts(get: Callable[[str], tuple[int, str]]) -> None:
     assert status == 200
     assert "certworker_issuances_in_flight 7.0" in body
     assert "certworker_ca_available 1.0" in body
+    assert "certworker_certificates_not_served 2.0" in body
     assert 'certworker_certificates{status="active"} 3.0' in body
     assert "certworker_published_version 12.0" in body
     assert 'certworker_bad_rows{effect="left_out"} 3.0' in body

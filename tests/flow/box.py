@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,15 +76,19 @@ class Box:
     def json(self, *arguments: str, expect: int = 0, timeout: float = 120) -> Any:
         return json.loads(self.run(*arguments, "--json", expect=expect, timeout=timeout).stdout)
 
-    def configure(self, *names: str) -> None:
-        """Initialise, and write a gateway: http and https listener, one route, one pool, one policy."""
+    def configure(self, *names: str, challenge: str = "forward", ports: Sequence[int] = ()) -> None:
+        """Initialise, and write a gateway: http and https listener, one route, one pool, one policy.
+
+        `ports` are of more http listeners.
+        """
         self.run("init")
         document = {
             "upstream_pools": [{"name": "web"}],
             "upstream_targets": [{"pool_id": "web", "address": f"127.0.0.1:{self.upstream_port}"}],
             "listeners": [
-                {"name": "http", "port": self.http_port, "protocol": "http"},
+                {"name": "http", "port": self.http_port, "protocol": "http", "challenge": challenge},
                 {"name": "https", "port": self.https_port, "protocol": "https"},
+                *({"name": str(port), "port": port, "protocol": "http"} for port in ports),
             ],
             "routes": [
                 {"listener_id": "https", "match_expr": {"path": {"prefix": "/"}}, "upstream_pool_id": "web"},
