@@ -159,6 +159,8 @@ class HeartbeatBody(_Asked):
     """The program that sends it, for example `certworker 1.0.0`."""
     fingerprints: dict[Uuid, Hex]
     unserved: dict[Uuid, Line]
+    refused: dict[Uuid, Line]
+    refused_version_id: Uuid | None
     unanswered: dict[Host, Line]
     warnings: Annotated[tuple[Line, ...], Field(max_length=1000)]
     error: Line | None

@@ -413,13 +413,14 @@ def test_a_heartbeat_is_kept_as_it_was_said(plane: Plane) -> None:
     version_id = plane.publish(None)
     heartbeat = machine.heartbeat(
         version_id, Cursor(1, 7), fingerprints={uuid(1): "a" * 64}, unserved={uuid(2): "why"},
-        unanswered={"a.test": "no"}, warnings=("hm",), error="a line\x00 and\nanother \ud83d\ude00",
+        refused={uuid(2): "why"}, refused_version_id=uuid(3), unanswered={"a.test": "no"}, warnings=("hm",), error="a line\x00 and\nanother \ud83d\ude00",
     )  # fmt: skip
     machine.source.report(heartbeat)
     (row,) = plane.db.read(nodes.list_all)
 
     assert (row.version_id, row.version, row.revision) == (version_id, 1, 7)
     assert (row.fingerprints, row.unserved) == ({uuid(1): "a" * 64}, {uuid(2): "why"})
+    assert (row.refused, row.refused_version_id, row.unanswered) == ({uuid(2): "why"}, uuid(3), {"a.test": "no"})
     assert row.error is not None
     assert row.error.startswith("a line? and?another")
     assert (row.agent, row.address, row.proxy) == ("certworker test", "127.0.0.1", "haproxy 2.6.12")
@@ -449,6 +450,8 @@ def test_hostile_bodies_are_refused(plane: Plane, path: str) -> None:
         ({"fingerprints": {"x": "a" * 64}}, "fingerprints"),
         ({"fingerprints": {uuid(1): "secret-of-mine"}}, "fingerprints"),
         ({"unanswered": {"a..b": "x"}}, "unanswered"),
+        ({"refused": {"x": "y"}}, "refused"),
+        ({"refused_version_id": 7}, "refused_version_id"),
         ({"cursor": None}, "cursor"),
         ({"warnings": ["x"] * 1001}, "warnings"),
         ({"more": 1}, "more"),

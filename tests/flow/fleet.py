@@ -83,8 +83,10 @@ class Machine:
         with subprocess.Popen(self.command(sys.executable, "-c", ask), stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            yield
-            process.kill()
+            try:
+                yield
+            finally:
+                process.kill()
 
 
 class Fleet:
