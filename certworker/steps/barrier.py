@@ -1,15 +1,16 @@
 """Whether the proxies can answer the CA for a name, before the CA is told to look.
 
 A CA looks from several places at once and at any address of the name, so every live node has to be able
-to answer, or a validation is spent for nothing. Only listeners that answer by themselves (`stateless`)
-need anything at order time: the host's thumbprint, which each node proves that it answers with.
+to answer, or a validation is spent for nothing. One that serves its version passes a challenge on to the
+responders; a listener that answers by itself (`stateless`) needs the host's thumbprint besides, and proves
+that it answers with it.
 """
 
 from collections.abc import Sequence
 from datetime import timedelta
 
 from certworker.core.gateway import STATELESS
-from certworker.store import gateway, nodes, thumbprints
+from certworker.store import enrolments, gateway, nodes, thumbprints
 from certworker.store.database import Transaction
 from certworker.store.nodes import NodeStatus
 from certworker.store.thumbprints import Thumbprint
@@ -18,18 +19,21 @@ from certworker.store.thumbprints import Thumbprint
 def why_not(tx: Transaction, dns_names: Sequence[str], thumbprint: str, silent: timedelta) -> str | None:
     """Return why not every live node answers for these names with this account's thumbprint; None if all do.
 
-    A node that was not heard of for `silent` is not waited for: it may never come back.
+    A node that was not heard of for `silent` is not waited for: it may never come back. Where no node was
+    enrolled and none is heard of, the proxies are not ours, and nobody knows.
     """
-    if not gateway.is_challenge_used(tx, STATELESS):
+    live, stateless = nodes.live(tx, silent), gateway.is_challenge_used(tx, STATELESS)
+    if not live and (stateless or enrolments.list_present(tx)):
+        return f"no node was heard of within {silent.total_seconds():.0f} s, so nothing answers on port 80"
+    if idle := [node.node_id for node in live if node.version is None]:
+        return f"{', '.join(idle)}: serves no version yet"
+    if not stateless:
         return None
     rows = thumbprints.of_hosts(tx, dns_names)
     for name in dns_names:
         row = rows.get(name)
         if row is None or row.thumbprint != thumbprint:
             return f"no thumbprint of the account is on its way to the proxies for {name} yet"
-    live = nodes.live(tx, silent)
-    if not live:
-        return f"no node was heard of within {silent.total_seconds():.0f} s, so nothing answers on port 80"
     return next((why for node in live for row in rows.values() if (why := _lacks(node, row))), None)
 
 

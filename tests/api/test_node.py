@@ -413,7 +413,8 @@ def test_a_heartbeat_is_kept_as_it_was_said(plane: Plane) -> None:
     version_id = plane.publish(None)
     heartbeat = machine.heartbeat(
         version_id, Cursor(1, 7), fingerprints={uuid(1): "a" * 64}, unserved={uuid(2): "why"},
-        refused={uuid(2): "why"}, refused_version_id=uuid(3), unanswered={"a.test": "no"}, warnings=("hm",), error="a line\x00 and\nanother \ud83d\ude00",
+        refused={uuid(2): "why"}, refused_version_id=uuid(3), unanswered={"a.test": "no"}, warnings=("hm",),
+        error="a line\x00 and\nanother \ud83d\ude00",
     )  # fmt: skip
     machine.source.report(heartbeat)
     (row,) = plane.db.read(nodes.list_all)

@@ -1,7 +1,7 @@
 """Gateway machines on one machine: each agent with its HAProxy in a network namespace of its own.
 
-All nodes serve the same ports, so nothing else would do. A namespace has loopback only, and a relay on it
-that leads to the control plane's NODE_LISTEN.
+All nodes serve the same ports, so nothing else would do. A namespace has loopback only, and relays: out of it
+to the control plane's NODE_LISTEN and responder, and into it to its port 80.
 """
 
 import json
@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from tests.conftest import missing
 
 from .box import Box, until
-from .relay import Gate
+from .relay import come_in_by, leave_by
 
 ROOT = Path(__file__).parents[2]
 _HOLD = 'ip link set lo up && exec "$0" -m tests.flow.relay "$@"'
@@ -104,21 +104,27 @@ class Fleet:
             yield process
 
     @contextmanager
-    def machine(self, name: str) -> Iterator[Machine]:
-        """Make a machine; it goes with all that runs on it."""
+    def machine(self, name: str, address: str | None = None) -> Iterator[Machine]:
+        """Make a machine; it goes with all that runs on it. Its port 80 is reached under `address`, if there is one."""
         if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
             missing("root, or iproute2 or util-linux,")
-        path = self.box.folder / f"{name}.sock"
-        gate = Gate(path, self.node_port)
-        words = ["unshare", "-n", "sh", "-c", _HOLD, sys.executable, str(self.node_port), str(path)]
-        with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, process_group=0) as holder:
-            assert holder.stdout is not None
-            holder.stdout.readline()
-            try:
-                yield Machine(self.box, name, holder.pid)
-            finally:
-                os.killpg(holder.pid, signal.SIGKILL)
-                gate.close()
+        responder = int(self.box.environ["CERTWORKER_RESPONDER_LISTEN"].rpartition(":")[2])
+        outwards = {port: self.box.folder / f"{name}-{port}.out" for port in (self.node_port, responder)}
+        inwards = self.box.folder / f"{name}.in"
+        words = [f"out:{port}:{path}" for port, path in outwards.items()] + [f"in:{self.box.http_port}:{inwards}"]
+        with ExitStack() as relays:
+            for port, path in outwards.items():
+                relays.callback(leave_by(path, port).close)
+            command = ["unshare", "-n", "sh", "-c", _HOLD, sys.executable, *words]
+            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, process_group=0) as holder:
+                assert holder.stdout is not None
+                holder.stdout.readline()
+                if address is not None:
+                    relays.callback(come_in_by(inwards, address, self.box.http_port).close)
+                try:
+                    yield Machine(self.box, name, holder.pid)
+                finally:
+                    os.killpg(holder.pid, signal.SIGKILL)
 
     def token(self, name: str, *options: str) -> str:
         return str(self.box.json("node", "enroll", name, *options)["token"])

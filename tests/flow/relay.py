@@ -39,22 +39,43 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
             end.shutdown(socket.SHUT_RDWR)
 
 
-class Gate:
-    """The host's end: what comes in at `path` goes to a loopback port, while the gate is open."""
+def listen_at(path: Path) -> socket.socket:
+    """Return a listener in the file system."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(64)
+    return listener
 
-    def __init__(self, path: Path, port: int) -> None:
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen(64)
-        threading.Thread(target=relay, args=(self._listener, socket.AF_INET, ("127.0.0.1", port)), daemon=True).start()
+
+class Relay:
+    """The host's end: what comes in at `listener` goes to `address`, until it is closed."""
+
+    def __init__(self, listener: socket.socket, family: socket.AddressFamily, address: object) -> None:
+        self._listener = listener
+        threading.Thread(target=relay, args=(listener, family, address), daemon=True).start()
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
+def leave_by(path: Path, port: int) -> Relay:
+    """Let a namespace reach a loopback port of the host."""
+    return Relay(listen_at(path), socket.AF_INET, ("127.0.0.1", port))
+
+
+def come_in_by(path: Path, address: str, port: int) -> Relay:
+    """Let the host reach a loopback port of a namespace, under an address of its own."""
+    return Relay(socket.create_server((address, port)), socket.AF_UNIX, str(path))
+
+
 if __name__ == "__main__":
-    # The other end, inside a namespace: PORT PATH
-    inside = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+    # The other end, inside a namespace: any number of out:PORT:PATH and in:PORT:PATH
+    for word in sys.argv[1:]:
+        way, port, path = word.split(":", 2)
+        if way == "out":
+            Relay(socket.create_server(("127.0.0.1", int(port))), socket.AF_UNIX, path)
+        else:
+            Relay(listen_at(Path(path)), socket.AF_INET, ("127.0.0.1", int(port)))
     print("up", flush=True)
-    relay(inside, socket.AF_UNIX, sys.argv[2])
+    threading.Event().wait()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,35 @@ def test_canary_first_and_a_refused_version_stops_there(fleet: Fleet) -> None:
     assert "canary" in listed["held_back"]
     assert "version 4 goes to canaries only" in shown
     assert [line["version"] for line in other.log() if line["event"] == "agent.serves"] == [1, 3]
+
+
+@pytest.mark.parametrize("challenge", ["forward", "stateless"])
+def test_three_nodes_behind_one_name(folder: Path, start_pebble: Callable[..., Pebble], challenge: str) -> None:
+    """The CA may look at any of them, so all of them answer first; one that died is not waited for."""
+    ca = start_pebble(authz_reuse=0)
+    (port,) = free_ports(1)
+    box = Box.make(folder, ca, node="none", NODE_LISTEN=f"127.0.0.1:{port}", NODE_SILENT_SECS="6")
+    box.configure(challenge=challenge)
+    fleet, names = Fleet(box, port), ("gw1", "gw2", "gw3")
+    addresses = [f"127.0.0.{10 + number}" for number in (1, 2, 3)]
+    ca.challtest("add-a", {"host": "all.fleet.test", "addresses": addresses})
+    ca.challtest("add-a", {"host": "two.fleet.test", "addresses": addresses[:2]})
+    with ExitStack() as stack:
+        machines = [stack.enter_context(fleet.machine(*pair)) for pair in zip(names, addresses, strict=True)]
+        stack.enter_context(fleet.control_plane())
+        for machine in machines[:2]:
+            stack.enter_context(machine.agent("--enroll", fleet.token(machine.name)))
+        with machines[2].agent("--enroll", fleet.token("gw3"), "--proxy", "nginx"):
+            until(lambda: len(fleet.nodes()) == 3)
+            box.run("policy", "add", "all.fleet.test")
+            fleet.await_served("all.fleet.test")
+            shown = {machine.shown("all.fleet.test") for machine in machines}
+        box.run("policy", "add", "two.fleet.test")
+        fleet.await_served("two.fleet.test")
+
+    assert len(shown) == 1
+    assert shown != {None}
+    assert len(ca.ledger()) == 2
 
 
 def test_a_node_serves_on_and_comes_back(fleet: Fleet) -> None:

@@ -1,5 +1,6 @@
 """Proxies that answer challenges by themselves: which hosts, with what, and not before they all do."""
 
+from dataclasses import replace
 from datetime import timedelta
 from uuid import uuid4
 
@@ -37,7 +38,7 @@ def prove(world: World, revision: int | None = None, node: str = "n1", **unanswe
     newest = int(str(world.rows("SELECT value FROM counters WHERE name = 'revision'")[0][0]))
     why = {name.replace("_", "."): said for name, said in unanswered.items()}
     cursor = Cursor(1, newest if revision is None else revision)
-    heartbeat = Heartbeat(node, None, None, cursor, "haproxy 2.6.12", unanswered=why)
+    heartbeat = Heartbeat(node, None, 1, cursor, "haproxy 2.6.12", unanswered=why)
     world.db.write(lambda tx: nodes.record(tx, heartbeat))
 
 
@@ -225,3 +226,35 @@ def test_proxies_are_waited_for_in_hand_at_first(stateless: World) -> None:
         advance(bench, session)
         stateless.clock.move(timedelta(seconds=1))
     assert session.issuance.state == "done"
+
+
+def test_a_node_that_serves_nothing_yet_is_waited_for(world: World) -> None:
+    """Also where listeners only pass challenges on: nobody listens on its port 80."""
+    beat = Heartbeat("n1", None, None, Cursor(), "haproxy 2.6.12")
+    world.db.write(lambda tx: nodes.record(tx, beat))
+    order(world, "a.test")
+    go_on(world)
+    assert looks(world) == 0
+    assert "n1: serves no version yet" in held(world)
+
+    world.db.write(lambda tx: nodes.record(tx, replace(beat, version_number=1)))
+    go_on(world)
+
+    assert world.lineage("a.test").status == "active"
+
+
+def test_enrolled_nodes_are_waited_for(world: World) -> None:
+    """None of them was heard of, so nobody listens; once they are removed, the proxies are somebody else's."""
+    world.execute(
+        "INSERT INTO nodes (id, name, token_hash, canary, enrolled_at) VALUES (:id, 'gw1', 'x', false, :at)",
+        id=str(uuid4()), at=TIME,
+    )  # fmt: skip
+    order(world, "a.test")
+    go_on(world)
+    assert looks(world) == 0
+    assert "no node was heard of" in held(world)
+
+    world.execute("DELETE FROM nodes")
+    go_on(world)
+
+    assert world.lineage("a.test").status == "active"
