@@ -227,12 +227,16 @@ class NodeApi:
             raise HTTPException(429, "too many wrong tokens came from this address", {"Retry-After": f"{wait + 1:.0f}"})
 
     async def _recognise(self, request: Request) -> Node:
-        self._listen_to(request)
+        """Return whose token it is; a good one is good from any address, behind which there may be many nodes."""
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
         token = read_node_token(text.strip()) if scheme.lower() == "bearer" else None
-        if token is None:
-            raise TokenUnknown("a node's token is needed: Authorization: Bearer TOKEN")
-        return await self._work(lambda: self._plane.recognise(token))
+        try:
+            if token is None:
+                raise TokenUnknown("a node's token is needed: Authorization: Bearer TOKEN")
+            return await self._work(lambda: self._plane.recognise(token))
+        except TokenUnknown:
+            self._listen_to(request)
+            raise
 
     async def _work(self, what: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, what)

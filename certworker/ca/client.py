@@ -157,7 +157,8 @@ class Client:
         """Return where the authorization stands, and its challenges."""
         response = self._look("reading the authorization", account, url)
         authorization = messages.read_authorization(response, self._now(), url)
-        self._check_hosts(response, *(challenge.url for challenge in authorization.challenges))
+        if (challenge := authorization.http01()) is not None:  # the others are never asked
+            self._check_hosts(response, challenge.url)
         return authorization
 
     def answer_challenge(self, account: Account, url: str) -> Challenge:

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -211,7 +212,9 @@ def _base64url(data: bytes) -> str:
 
 def _put_in_order(leaf: x509.Certificate, certificates: list[x509.Certificate]) -> list[x509.Certificate]:
     """Return the leaf, its issuer, the issuer of that one and so on; all of them, or ChainRefused."""
-    chain, rest = [leaf], [one for one in certificates if one is not leaf]
+    others = {one.fingerprint(SHA256()): one for one in certificates if one != leaf}
+    # Of a root that is there twice, the one that signed itself: the other, which somebody else signed, may follow.
+    chain, rest = [leaf], sorted(others.values(), key=lambda one: one.issuer != one.subject)
     while issuer := next((one for one in rest if _has_issued(one, chain[-1])), None):
         chain.append(issuer)
         rest.remove(issuer)

@@ -113,6 +113,8 @@ _LONGEST_REPLACING = timedelta(hours=24)
 """Longest wait after a permanent error while there is a certificate to lose."""
 _REFUSED_NONCES = timedelta(seconds=5)
 """After a row of refused nonces: the next one is as good as the first; where all are refused the breaker opens."""
+_NONCES_ARE_CHANCE = 12
+"""So many rows of refusals are; a CA that refuses those for one kind of request only is asked ever more rarely."""
 _MISTRUST = timedelta(minutes=12, seconds=30)
 """Shortest wait for a CA whose own TLS certificate is not trusted: ten minutes with the shortest draw."""
 
@@ -133,7 +135,8 @@ def retry_at(failure: Failure, failures: int, now: datetime, draw: float, servin
     elif failure.error_class is ErrorClass.PERMANENT and serving is not None:
         step = min(step, _LONGEST_REPLACING)
     elif failure.type == BAD_NONCE:
-        step = _REFUSED_NONCES
+        late = failures - _NONCES_ARE_CHANCE
+        step = _REFUSED_NONCES if late <= 0 else schedule[min(late, len(schedule)) - 1]
     elif failure.type == MISTRUSTED:
         step = max(step, _MISTRUST)
     return now + step * (0.8 + 0.4 * draw)

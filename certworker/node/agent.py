@@ -237,9 +237,10 @@ class Agent:
         names = state.thumbprints.keys() & (fresh | state.unanswered.keys())
         refused = {name: why for name, why in state.unanswered.items() if name not in state.thumbprints}
         ports = challenge_ports(state.version)
-        if not ports or not self._settled:
-            why = "no http listener that is served answers challenges by itself" if self._settled else _NOT_RUNNING
-            return replace(state, unanswered=refused | dict.fromkeys(names, why))
+        if not self._settled:
+            return replace(state, unanswered=refused | dict.fromkeys(names, _NOT_RUNNING))
+        if not ports:
+            return replace(state, unanswered=refused)  # the responders answer, for every name
         expected = [ExpectedAnswer(port, name, state.thumbprints[name]) for port in ports for name in sorted(names)]
         limit = SETTLE_LIMIT if fresh else timedelta()
         faults = prove_answers(expected, self._patience, self._chance, limit)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from certworker.core.gateway import STATELESS
-from certworker.store import enrolments, gateway, nodes, thumbprints
+from certworker.store import enrolments, gateway, nodes, settings_kv, thumbprints
 from certworker.store.database import Transaction
 from certworker.store.nodes import NodeStatus
 from certworker.store.thumbprints import Thumbprint
@@ -22,7 +22,8 @@ def why_not(tx: Transaction, dns_names: Sequence[str], thumbprint: str, silent: 
     A node that was not heard of for `silent` is not waited for: it may never come back. Where no node was
     enrolled and none is heard of, the proxies are not ours, and nobody knows.
     """
-    live, stateless = nodes.live(tx, silent), gateway.is_challenge_used(tx, STATELESS)
+    live = nodes.live(tx, silent)
+    stateless = gateway.is_challenge_used(tx, STATELESS) or bool(settings_kv.find(tx, settings_kv.THUMBPRINT))
     if not live and (stateless or enrolments.list_present(tx)):
         return f"no node was heard of within {silent.total_seconds():.0f} s, so nothing answers on port 80"
     if idle := [node.node_id for node in live if node.version is None]:

@@ -71,11 +71,11 @@ class Gate:
         """Issuances in flight soon after an outage."""
         self._unanswered = 0
         """Acts of this worker in a row that the CA did not answer, counted as the row counts everybody's."""
-        self._met: Failure | None = None
-        """The last of them."""
         self._look_at: datetime | None = None
         """While it stands aside: when this worker reads the directory next."""
         self._looks = 0
+        self._told = False
+        """Whether an operator has heard of it."""
 
     # -- before claiming, and before asking the CA ----------------------------------------------------
 
@@ -124,10 +124,8 @@ class Gate:
     def failed(self, failure: Failure, lineage_id: str) -> None:
         """Note what an issuance has met while asking the CA, whatever its scope."""
         now, draw, answered = self._clock(), self._draw(), breaker.is_answered(failure)
-        if answered is False:
-            if self._look_at is not None:
-                return  # it says nothing of the CA
-            self._met = failure
+        if answered is False and self._look_at is not None:
+            return  # it says nothing of the CA
         self._change(
             lambda seen: breaker.after_failure(seen, failure, lineage_id, self._registration, now, draw), answered
         )
@@ -159,19 +157,26 @@ class Gate:
         failure = _ask(client)
         if failure is None:
             self._come_back()
-        else:
-            self._look_at = self._clock() + breaker.probe_wait(self._looks, self._draw())
-            self._looks += 1
+            return
+        self._tell_aside(failure)
+        self._look_at = self._clock() + breaker.probe_wait(self._looks, self._draw())
+        self._looks += 1
 
     def _step_aside(self) -> None:
         self._look_at, self._looks = self._clock(), 0
-        said = {} if self._met is None else {"type": self._met.type, "detail": self._met.detail}
-        _log.warning("ca.out_of_reach", extra={"directory_url": self._directory_url, **said, "hint": _ASIDE_HINT})
+
+    def _tell_aside(self, failure: Failure) -> None:
+        """Log it once, when we have seen for certain that it is not the CA."""
+        if not self._told:
+            self._told = True
+            said = {"type": failure.type, "detail": failure.detail, "hint": _ASIDE_HINT}
+            _log.warning("ca.out_of_reach", extra={"directory_url": self._directory_url, **said})
 
     def _come_back(self) -> None:
         with self._lock:
-            aside, self._look_at, self._unanswered = self._look_at is not None, None, 0
-        if aside:
+            self._look_at, self._unanswered = None, 0
+        if self._told:
+            self._told = False
             _log.info("ca.in_reach", extra={"directory_url": self._directory_url})
 
     def resume(self) -> None:

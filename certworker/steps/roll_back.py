@@ -21,7 +21,7 @@ from certworker.core.retry import ErrorClass, Failure, retry_at
 from certworker.errors import ChainRefused, InputError, SealError
 from certworker.steps.publish import Published, take_back
 from certworker.steps.trouble import describe
-from certworker.store import audit, certificates, issuances, lineages, nodes
+from certworker.store import audit, certificates, enrolments, issuances, lineages, nodes, versions
 from certworker.store.database import Database
 from certworker.store.nodes import NodeStatus
 from certworker.store.seal import Sealer
@@ -47,24 +47,35 @@ class TakenBack:
 
 
 def take_back_version(db: Database, clock: Clock, defaults: Defaults, silent: timedelta) -> Published | None:
-    """Publish the version before again if a live node refuses the published one; None if all is well.
+    """Publish the version before again if nobody who was given the published one serves it; None if all is well.
 
-    One is enough: a fleet serves one configuration. Nothing is published by itself from then on, until a person
-    has looked (see `publish.Hold`).
+    Given it are the live canaries, or where there is none all live nodes; one that served nothing before has no
+    say, and one that refuses what others serve has a trouble of its own. Nothing is published by itself from then
+    on, until a person has looked (see `publish.Hold`).
     """
-    refusals = {
-        node.refused_version_id: f"{node.node_id} refused it: {node.error or 'no reason given'}"
-        for node in db.read(lambda tx: nodes.live(tx, silent))
-        if node.refused_version_id is not None
-    }
-    for version_id, why in refusals.items():
-        done = None
-        with suppress(InputError):  # this release cannot read the one before: the node's error is in `status`
-            done = take_back(db, clock, defaults, version_id, why)
-        if done is not None and done.version is not None:
-            _log.error("version.taken_back", extra={"number": done.version.number, "reason": why})
-            return done
-    return None
+    refusal = db.read(lambda tx: _find_refusal(tx, silent))
+    if refusal is None:
+        return None
+    version_id, why = refusal
+    done = None
+    with suppress(InputError):  # this release cannot read the one before: the nodes' errors are in `status`
+        done = take_back(db, clock, defaults, version_id, why)
+    if done is not None and done.version is not None:
+        _log.error("version.taken_back", extra={"number": done.version.number, "reason": why})
+    return done
+
+
+def _find_refusal(tx: Connection, silent: timedelta) -> tuple[str, str] | None:
+    """Return the published version and why it is refused, if everybody who was given it does."""
+    published_id = versions.published_id(tx)
+    live = [node for node in nodes.live(tx, silent) if node.version is not None]
+    canaries = {node.name for node in enrolments.list_present(tx) if node.canary}
+    given = [node for node in live if node.node_id in canaries] or live
+    if published_id is None or not given or any(node.refused_version_id != published_id for node in given):
+        return None
+    return published_id, "; ".join(
+        f"{node.node_id} refused it: {node.error or 'no reason given'}" for node in given[:3]
+    )
 
 
 def take_back_certificates(

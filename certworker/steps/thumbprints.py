@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from certworker.core.gateway import STATELESS
-from certworker.store import gateway, settings_kv, thumbprints
+from certworker.store import gateway, settings_kv, thumbprints, versions
 from certworker.store.database import Transaction
 
 _NONE = ""
@@ -23,14 +23,19 @@ def has_changed(tx: Transaction, of_account: Callable[[Transaction], str | None]
     and while its key is being changed: then what is known stands.
     """
     known = settings_kv.find(tx, settings_kv.THUMBPRINT)
-    if not gateway.is_challenge_used(tx, STATELESS):
-        now = None if known is None else _NONE
-    else:
-        now = of_account(tx) or known
+    withdrawn = None if known is None else _NONE
+    now = (of_account(tx) or known) if _is_stateless(tx, known) else withdrawn
     if now is None or now == known:
         return False
     settings_kv.put(tx, settings_kv.THUMBPRINT, now)
     return True
+
+
+def _is_stateless(tx: Transaction, known: str | None) -> bool:
+    """Say whether proxies answer by themselves: as the rows say, or as the version still says that they serve."""
+    if gateway.is_challenge_used(tx, STATELESS):
+        return True
+    return bool(known) and versions.published_mentions(tx, STATELESS)
 
 
 def keep(tx: Transaction, lineage_ids: Sequence[str], now: datetime) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Select, TextClause, case, exists, literal, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, Select, TextClause, case, exists, literal, or_, select, text, update
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
@@ -202,7 +202,7 @@ def claim(
 def _find_due(
     tx: Connection, which: TextClause, now: datetime, limit: int, only: list[str] | None, directory_url: str | None
 ) -> list[str]:
-    free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
+    free = _is_free()
     query = (
         select(issuances.c.id)
         .where(which, issuances.c.attempt_at <= now, free)
@@ -302,7 +302,7 @@ def close(tx: Connection, claimed: Issuance, state: State, now: datetime, **valu
 
 def cancel_unclaimed(tx: Connection, lineage_id: str, now: datetime) -> bool:
     """Cancel the open issuance of a lineage nobody wants any more, unless a worker holds it or has ordered."""
-    free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
+    free = _is_free()
     unordered = issuances.c.state.in_([State.QUEUED, State.KEY_READY])
     cancelled = (
         update(issuances)
@@ -318,7 +318,7 @@ def cancel_abandoned(tx: Connection, untouched_since: datetime, now: datetime, l
     Their CA is not asked any more, mostly because the settings name another one.
     """
     unwanted = ~exists(select(1).where(policy_lineages.c.lineage_id == issuances.c.lineage_id))
-    free = or_(issuances.c.lease_until.is_(None), issuances.c.lease_until <= db_now())
+    free = _is_free()
     old = select(issuances.c.id).where(_OPEN, free, unwanted)
     ids = old.where(issuances.c.state_at < untouched_since, issuances.c.attempt_at < untouched_since).limit(limit)
     cancelled = update(issuances).where(issuances.c.id.in_(ids.scalar_subquery()))
@@ -365,6 +365,12 @@ def forget_keys(tx: Connection, ended_before: datetime, now: datetime, limit: in
         .limit(limit)
     )
     return tx.execute(issuances.delete().where(issuances.c.id.in_(old.scalar_subquery()))).rowcount
+
+
+def _is_free() -> ColumnElement[bool]:
+    """Say whether nobody holds it; a lease longer than any that we begin was given by a clock that ran ahead."""
+    until, longest = issuances.c.lease_until, seconds_from_now(literal(2 * int(LEASE.total_seconds())))
+    return or_(until.is_(None), until <= db_now(), until > longest)
 
 
 def _lease_end() -> seconds_from_now:

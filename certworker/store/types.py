@@ -118,7 +118,7 @@ def read_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return (text if isinstance(text, str) else text.decode())[:_SHOWN]
+        return (text if isinstance(text, str) else text.decode(errors="replace"))[:_SHOWN]
 
 
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")

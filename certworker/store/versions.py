@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Text, cast, delete, insert, select, update
 
 from certworker.store import counters, settings_kv
 from certworker.store.rows import columns_of, new_id, to_value
@@ -68,12 +68,10 @@ def find_newest_draft(tx: Connection) -> VersionRow | None:
 
 
 def find_before(tx: Connection, number: int, digest: str | None) -> Version | None:
-    """Return what was published before the version `number`, and holds something else than `digest`.
-
-    What roll-backs made is passed over: it holds what an older one holds.
-    """
-    published_once = (config_versions.c.status == "archived", config_versions.c.restores.is_(None))
-    before = select(*columns_of(Version, config_versions)).where(*published_once, config_versions.c.number < number)
+    """Return what was published before the version `number`, and holds something else than `digest`."""
+    before = select(*columns_of(Version, config_versions)).where(
+        config_versions.c.status == "archived", config_versions.c.number < number
+    )
     if digest is not None:
         before = before.where(config_versions.c.digest.is_distinct_from(digest))
     row = tx.execute(before.order_by(config_versions.c.number.desc()).limit(1)).first()
@@ -99,6 +97,13 @@ def serving(tx: Connection) -> Mapping[str, list[str]]:
 def published_id(tx: Connection) -> str | None:
     """Return the id of the published version, without its content."""
     return tx.execute(select(config_versions.c.id).where(config_versions.c.status == "published")).scalar()
+
+
+def published_mentions(tx: Connection, word: str) -> bool:
+    """Say whether the published version has this word as a value somewhere."""
+    text = cast(config_versions.c.snapshot_json, Text)
+    published = select(config_versions.c.id).where(config_versions.c.status == "published")
+    return tx.execute(published.where(text.contains(f'"{word}"', autoescape=True))).first() is not None
 
 
 def lock(tx: Connection) -> None:

@@ -248,6 +248,7 @@ def test_whoever_waits_is_told_at_once(plane: Plane) -> None:
     machine = plane.join("gw1")
     version_id = plane.publish(None)
     until(lambda: machine.served() == version_id)
+    machine.source.report(machine.heartbeat(version_id))  # who serves nothing is waited for before the CA is asked
     machine.source.heartbeat_every = timedelta(seconds=30)
     for change in (lambda: plane.publish(None), lambda: plane.world.issue("a.test") and plane.api.poke()):
         cursor = machine.source.changes_after(Cursor()).cursor

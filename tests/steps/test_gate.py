@@ -425,6 +425,8 @@ def test_a_worker_that_alone_is_not_answered_steps_aside(fleet: Fleet, caplog: p
     assert fleet.incident() is None
     assert isinstance(broken.admits(), datetime)
     assert isinstance(broken.closed_until(), datetime)
+    fleet.line.down = True
+    broken.probe(fleet.client())
     assert told(caplog) == [("WARNING", "ca.out_of_reach")]
     for _ in range(9):
         broken.failed(DOWN, "a")
@@ -477,7 +479,8 @@ def test_who_stands_aside_looks_for_itself(fleet: Fleet, caplog: pytest.LogCaptu
 
 
 def test_an_outage_that_all_meet_sets_nobody_aside(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever took part in finding it looks once, when the CA is back, and goes on."""
+    """Whoever took part in finding it looks once, when the CA is back, and goes on; nobody hears of that."""
+    caplog.set_level(logging.INFO)
     one, other = fleet.start(), fleet.start()
     for gate in (one, other, one, other, one):
         gate.failed(DOWN, "a")
@@ -493,6 +496,7 @@ def test_an_outage_that_all_meet_sets_nobody_aside(fleet: Fleet, caplog: pytest.
 
     assert other.admits() == 1
     assert len(fleet.line.read_at) == 2
+    assert told(caplog) == [("WARNING", "ca.unavailable"), ("INFO", "ca.available")]
 
 
 def test_who_stands_aside_still_looks_at_a_ca_that_is_down_for_all(fleet: Fleet) -> None:

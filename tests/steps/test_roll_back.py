@@ -28,7 +28,7 @@ def beat(world: World, node: str = "n1", *, refuses: bool = True, at: int | None
     """Let a node say what it thinks of the only certificate."""
     why = {current(world).id: WHY} if refuses else {}
     cursor = Cursor(1, revision(world) if at is None else at)
-    heartbeat = Heartbeat(node, None, None, cursor, "haproxy 2.6.12", unserved=why, refused=why)
+    heartbeat = Heartbeat(node, None, 1, cursor, "haproxy 2.6.12", unserved=why, refused=why)
     world.db.write(lambda tx: nodes.record(tx, heartbeat))
 
 
@@ -199,9 +199,9 @@ def published(world: World) -> Version:
     return found
 
 
-def refuse(world: World, version: Version, node: str = "n1") -> None:
+def refuse(world: World, version: Version, node: str = "n1", serves: int | None = 1) -> None:
     heartbeat = Heartbeat(
-        node, None, None, Cursor(), "haproxy 2.6.12", error="port 81: another process listens on it",
+        node, None, serves, Cursor(), "haproxy 2.6.12", error="port 81: another process listens on it",
         refused_version_id=version.id,
     )  # fmt: skip
     world.db.write(lambda tx: nodes.record(tx, heartbeat))
@@ -228,6 +228,35 @@ def test_a_version_that_a_node_refuses_is_taken_back(world: World) -> None:
     assert "another process listens" in str(diff)
     publish_changes(world.db, world.clock, DEFAULTS, always=True)
     assert published(world) == now
+
+
+def test_what_others_serve_stays(world: World) -> None:
+    """A node that is new, or alone with its trouble, has no veto; a canary speaks for all."""
+    listen(world, 80)
+    version = listen(world, 81)
+    refuse(world, version, "new", serves=None)
+    assert take_back_version(world.db, world.clock, DEFAULTS, NODE_SILENT) is None
+    refuse(world, version)
+    serving = Heartbeat("n2", version.id, version.number, Cursor(), "haproxy 2.6.12")
+    world.db.write(lambda tx: nodes.record(tx, serving))
+    assert take_back_version(world.db, world.clock, DEFAULTS, NODE_SILENT) is None
+    assert published(world) == version
+
+    world.execute(
+        "INSERT INTO nodes (id, name, token_hash, canary, enrolled_at) VALUES (:id, 'n1', 'x', true, :at)",
+        id=str(uuid4()), at="2026-11-22T12:00:00.000000Z",
+    )  # fmt: skip
+
+    assert take_back_version(world.db, world.clock, DEFAULTS, NODE_SILENT) is not None
+
+
+def test_the_way_back_never_leads_to_what_was_refused(world: World) -> None:
+    """Two attempts in a row fail: what served before both is published, not the first of them."""
+    listen(world, 80)
+    for port in (81, 82):
+        refuse(world, listen(world, port))
+        take_back_version(world.db, world.clock, DEFAULTS, NODE_SILENT)
+        assert ports(published(world)) == [80]
 
 
 def test_what_was_brought_back_is_not_taken_back(world: World) -> None:

@@ -6,8 +6,10 @@ from uuid import uuid4
 
 import pytest
 
+from certworker.core.gateway import Defaults
 from certworker.core.rollout import Cursor, Heartbeat
 from certworker.steps.issue import advance
+from certworker.steps.publish import publish
 from certworker.steps.reap import TOMBSTONES, reap
 from certworker.steps.reconcile import reconcile
 from certworker.store import nodes
@@ -15,6 +17,7 @@ from certworker.store import nodes
 from .world import World
 
 TIME = "2026-11-22T12:00:00.000000Z"
+DEFAULTS = Defaults(timedelta(seconds=10), timedelta(seconds=2), ("127.0.0.1:8402",))
 
 
 @pytest.fixture
@@ -133,6 +136,24 @@ def test_when_the_last_stateless_listener_goes_so_do_the_rows(stateless: World) 
 
     assert rows(stateless) == {"a.test": None}
     go_on(stateless)
+    assert stateless.lineage("a.test").status == "active"
+
+
+def test_what_is_published_counts_as_long_as_it_is(stateless: World) -> None:
+    """Rows that say `forward` reach no proxy while publishing is held: the hosts are answered for as before."""
+    publish(stateless.db, stateless.clock, DEFAULTS)
+    order(stateless, "a.test")
+    listen(stateless, "forward")
+    stateless.take_over()
+    go_on(stateless)
+    assert rows(stateless) == {"a.test": of_account(stateless)}
+    assert looks(stateless) == 0
+
+    publish(stateless.db, stateless.clock, DEFAULTS)
+    stateless.take_over()
+    go_on(stateless)
+
+    assert rows(stateless) == {"a.test": None}
     assert stateless.lineage("a.test").status == "active"
 
 
