@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 from certworker.core.rollout import CertificateChanges, Heartbeat
@@ -33,6 +34,9 @@ from certworker.node.probe import (
 )
 from certworker.node.state import HeldCertificate, Lists, State, load_state, save_state
 
+MOST_TOLD = 10_000
+"""Fingerprints in one heartbeat: what matters is the cursor, and a first start may prove a million."""
+MOST_WARNINGS = 100
 HOT_LIMIT = 500
 """Above that many changed lines one reload is cheaper than as many commands."""
 
@@ -314,12 +318,12 @@ class Agent:
             version_number=served.number if served else None,
             cursor=self._state.cursor,
             proxy=self._proxy_name,
-            fingerprints=dict(self._proved),
+            fingerprints=dict(islice(self._proved.items(), MOST_TOLD)),
             unserved=self._unserved(served),
             refused=dict(self._state.refused),
             refused_version_id=None if self._refused is None else self._refused[0],
             unanswered=dict(self._state.unanswered),
-            warnings=self._warnings,
+            warnings=self._warnings[:MOST_WARNINGS],
             error=troubles[0] if troubles else None,
         )
 

@@ -151,6 +151,15 @@ def test_a_root_signed_by_another_root_stays_where_it_was() -> None:
         assert check(chain).pem == chain
 
 
+def test_more_than_there_has_to_be_is_no_gap() -> None:
+    """A root with two signatures in any order, and what a CA has sent twice: clients take all of these."""
+    crossed = Draft(None, ROOT_KEY, OTHER_KEY, "root", "elder root", ca=True).make()
+
+    for others in permutations([ISSUER, ROOT, crossed]):
+        assert check(pem(LEAF, *others)).pem == pem(LEAF, ISSUER, ROOT, crossed)
+    assert check(pem(LEAF, LEAF, ISSUER, ROOT, ISSUER)).pem == pem(LEAF, ISSUER, ROOT)
+
+
 @pytest.mark.parametrize("private_ca", [True, False])
 def test_a_gap_is_refused_by_whatever_ca(private_ca: bool) -> None:
     """A certificate of the file that leads nowhere shows that another one is missing, or does not belong there."""

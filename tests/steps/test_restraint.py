@@ -208,6 +208,20 @@ def test_a_crew_claims_nothing_while_the_gate_is_closed(world: World) -> None:
         until(lambda: states(world) == ["done"] * 6)
 
 
+def test_nonces_that_are_refused_for_one_kind_of_request_only(world: World) -> None:
+    """Every look at the order succeeds, so the breaker never opens: the issuance itself grows patient."""
+    world.ca.fail_next("POST", "/finalize/*", problem="badNonce", times=1_000_000)
+    world.add_policy("a.example.com")
+    world.take_over()
+    for _ in range(3 * 60):
+        world.work(patience=30)
+        world.clock.move(timedelta(minutes=1))
+
+    schedule_in_three_hours = 9
+    assert world.ca.count("POST", "/finalize/*") <= 10 * (12 + schedule_in_three_hours)
+    assert world.last_issuance("a.example.com").state == "finalize_intent"
+
+
 # -- an issuance that kills its workers -----------------------------------------------------------------
 
 

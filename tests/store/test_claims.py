@@ -455,3 +455,17 @@ def test_stale_tokens_of_closed_issuances_go(db: Database) -> None:
 def test_looking_up_a_token_costs_one_look(db: Database) -> None:
     """The responder does it for every request that anybody sends."""
     assert "ix_challenges_token" in explain(db, lambda tx: challenges.find_key_authorization(tx, "t"))
+
+
+def test_a_lease_of_a_clock_that_ran_ahead_is_none(db: Database) -> None:
+    """The database's clock was set back by a day: whoever held it may be dead, and nobody would see that for a day."""
+    (issuance_id,) = queue_some(db, 1)
+    (held,) = claim(db)
+    ahead = seconds_from_now(literal(86400))
+    db.write(lambda tx: tx.execute(update(rows).where(rows.c.id == issuance_id).values(lease_until=ahead)))
+
+    (taken,) = claim(db, OTHER)
+
+    assert taken.id == held.id
+    with pytest.raises(LeaseLost):
+        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY))
