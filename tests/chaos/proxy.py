@@ -272,6 +272,12 @@ def stall(turn: Turn) -> None:
     turn.wait(threading.Event())
 
 
+def withhold(turn: Turn) -> None:
+    """Let the CA do its part, and never pass its answer on."""
+    turn.ask()
+    turn.wait(threading.Event())
+
+
 def say(status: int, body: bytes = b"", **headers: str) -> Fault:
     """Answer in the CA's place; `_` in a header's name stands for `-`."""
     return lambda turn: turn.send(Answer(status, {}, body).with_headers(**headers))

@@ -44,6 +44,7 @@ from .proxy import (
     stall,
     trickle,
     truncate,
+    withhold,
 )
 
 pytestmark = pytest.mark.pebble
@@ -217,6 +218,16 @@ def test_a_ca_that_takes_its_time(hurried: Lab, route: str, fault: Fault) -> Non
     assert hurried.is_active(NAME)
     assert threading.active_count() <= threads + 1  # the proxy's, of the new connection
     assert len(hurried.ledger()) == 2
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_answer_is_withheld(hurried: Lab, route: str) -> None:
+    """The CA has done what it was asked, and says nothing until we give up: it is found, and not done again."""
+    hurried.proxy.on(route, withhold)
+    hurried.issue(NAME)
+
+    assert_issued_once(hurried, orders=2 if route == "newOrder" else 1)
+    assert len(hurried.proxy.seen("finalize", 200)) == 1
 
 
 FLOOD, CHUNK = 64 * 1024 * 1024, 65536

@@ -8,7 +8,7 @@ from .oracles import OneActive, assert_all_well
 from .proxy import Fault, close_after, misstate_length, reset_after, reset_before, trickle, truncate
 from .worker import Rig
 
-pytestmark = [pytest.mark.pebble, pytest.mark.parametrize("rig", ["sqlite"], indirect=True)]
+pytestmark = pytest.mark.pebble
 
 NAME = "lost.chaos.test"
 REPEATED = ["newAccount", "newOrder", "order", "authorization", "certificate"]
@@ -19,10 +19,12 @@ UNHEARD: dict[str, Fault] = {"reset": reset_after, "truncated": truncate, "close
 CASES = [(route, "reset truncated closed") for route in REPEATED]
 CASES += [("newNonce", "reset closed")]  # has no body to truncate
 CASES += [(route, loss) for route in ONE_EACH for loss in UNHEARD]
+ON_SQLITE = [("sqlite", *case) for case in CASES]
+ON_POSTGRESQL = [("postgresql", *case) for case in CASES if case[0] in ("newOrder", "finalize", "certificate")]
 DAMAGES: dict[str, Fault] = {"length too small": misstate_length(-20), "byte by byte": trickle(0.0005)}
 
 
-@pytest.mark.parametrize(("route", "losses"), CASES)
+@pytest.mark.parametrize(("rig", "route", "losses"), ON_SQLITE + ON_POSTGRESQL, indirect=["rig"])
 def test_answers_are_lost(rig: Rig, route: str, losses: str) -> None:
     """A request that the CA never saw, then answers that never came: what the CA did is found, and not done again."""
     unheard = [UNHEARD[loss] for loss in losses.split()]
@@ -37,6 +39,7 @@ def test_answers_are_lost(rig: Rig, route: str, losses: str) -> None:
     rig.worker.stop()
 
 
+@pytest.mark.parametrize("rig", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("route", ["newOrder", "finalize", "certificate"])
 def test_an_answer_is_damaged(rig: Rig, route: str, damage: str) -> None:
