@@ -146,7 +146,7 @@ def test_a_snapshot_holds_no_key(world: World) -> None:
 
 
 def beat(world: World, node_id: str, revision: int, **more: dict[str, str]) -> None:
-    heartbeat = Heartbeat(node_id, None, None, Cursor(1, revision), "haproxy 2.6.12", **more)  # type: ignore[arg-type]
+    heartbeat = Heartbeat(node_id, None, 1, Cursor(1, revision), "haproxy 2.6.12", **more)  # type: ignore[arg-type]
     world.db.write(lambda tx: nodes.record(tx, heartbeat))
 
 
