@@ -497,7 +497,9 @@ def test_a_ca_that_was_reset(lab: Lab) -> None:
 
 
 def test_a_second_ca(lab: Lab, tmp_path: Path) -> None:
-    """A55: an account and a key of its own, and no order there names what the first CA has issued.
+    """Of A55 what holds: an account and a key of its own, and no order there names what the first CA has issued.
+
+    Going over to it is a change of settings; nothing does so by itself.
 
     The first is asked for nothing any more; what it has issued stays, and is used again when it is named again.
     """

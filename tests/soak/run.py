@@ -193,7 +193,7 @@ class _Soak:
         twice, lost = known & set(duplicates(fleet)), known & set(keys_lost(fleet.first))
         accounts, exchanges = fleet.first.accounts(), list(fleet.proxy.exchanges)
         kept, spread = kept_retry_after(struck, exchanges), kept_schedule(struck, exchanges)
-        self._fault("O1, G5 at every instant", sorted(watch.faults))
+        self._fault("O1 at every instant", sorted(watch.faults))
         self._fault("O3 issued and never served", sorted(twice))
         self._fault("O3 keys lost", sorted(lost))
         self._fault("O5 leaks", leaks(fleet))

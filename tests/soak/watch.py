@@ -35,7 +35,7 @@ class Watch:
     """Names whose certificate may end: nobody can renew it while they are dead."""
     samples: int = 0
     faults: set[str] = field(default_factory=set)
-    """O1, G5: more than one active certificate, or none, or one that has ended."""
+    """O1: more than one active certificate, or none; and one that has ended, which is what G5 is to the database."""
     resumed: list[float] = field(default_factory=list)
     """Seconds from the start of a killed worker until each issuance that it had held was worked on again."""
     closed: Counter[str] = field(default_factory=Counter)
