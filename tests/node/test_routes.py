@@ -183,13 +183,15 @@ def test_least_conn_avoids_the_busy_one(node: Node, gateway: Gateway, ports: Por
     def arrived(sent: int) -> bool:
         return len(busy.asked) + len(idle.asked) == sent
 
-    with ThreadPoolExecutor() as visitors:
+    with ThreadPoolExecutor(max_workers=8) as visitors:
         # Four on each: a proxy may count a request for a moment after its answer arrived, so one would be no majority.
+        visits = []
         for sent in range(1, 9):
-            visitors.submit(ask, port)
+            visits.append(visitors.submit(ask, port))
             await_true(partial(arrived, sent), "the request arrives")
         assert (len(busy.asked), len(idle.asked)) == (4, 4)
         idle.gate.set()
+        await_true(lambda: sum(visit.done() for visit in visits) == 4, "the idle one's four answers")
 
         assert {ask(port)[1] for _ in range(10)} == {"idle"}
         busy.gate.set()
