@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,23 @@ def test_the_proxy_survives_a_kill_and_is_adopted(folder: Path, start_pebble: Ca
     assert len(ca.ledger()) == 1
 
 
+def freeze_between_writes(box: Box, process: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP while it holds no lock on its SQLite file, which would keep every other program out as well."""
+
+    def frozen() -> bool:
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        with closing(sqlite3.connect(f"{box.folder}/data/certworker.db", timeout=0)) as session:
+            try:
+                session.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                os.kill(process.pid, signal.SIGCONT)
+                return False
+            return True
+
+    until(frozen)
+
+
 def test_renew_takes_the_place_of_a_service_that_dies(folder: Path, start_pebble: Callable[..., Pebble]) -> None:
     """It waits while the role is held, and does the work itself when the holder is gone; the proxy stays as found."""
     ca = start_pebble()
@@ -59,7 +78,7 @@ def test_renew_takes_the_place_of_a_service_that_dies(folder: Path, start_pebble
     box.configure("heir.flow.test")
     with box.upstream(), box.service(name="killed") as process:
         until(lambda: box.served("heir.flow.test"))
-        os.kill(process.pid, signal.SIGSTOP)
+        freeze_between_writes(box, process)
         renewing = subprocess.Popen(
             [sys.executable, "-m", "certworker", "renew", "heir.flow.test", "--force", "--timeout", "60"],
             env=box.environ, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -32,6 +32,7 @@ from tests.chaos.proxy import (
     trickle,
     truncate,
 )
+from tests.flow.box import until
 
 from .fleet import Fleet
 from .servers import CrashingPostgres
@@ -190,12 +191,17 @@ class Storm:
         while self._agenda:
             heapq.heappop(self._agenda)[2]()
             time.sleep(0.01)
-        for number in list(self._busy):
-            self._await(number)
+        until(self._all_there)
         self._fleet.proxy.clear()
         for kind, rule in self._rules:
             self._struck.counts[kind] += rule.met
         self._rules.clear()
+
+    def _all_there(self) -> bool:
+        """See whether nothing happens to any worker any more: one that still starts would not outlive a database."""
+        for number in list(self._busy):
+            self._await(number)
+        return not self._busy
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._agenda, (time.monotonic() + seconds, next(self._numbers), act))
