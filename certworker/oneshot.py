@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
-from certworker import wiring
+from certworker import parts, wiring
 from certworker.errors import DatabaseHeld
 from certworker.service import EmbeddedNode
 from certworker.steps.crew import Crew
@@ -112,14 +112,14 @@ def renew(
     result = Renewal(would_renew=asked.would_renew, unchanged=asked.unchanged, dry_run=dry_run)
     if asked.tickets:
         # Whoever asks has mended what the CA refused our account for, or wants to know.
-        wiring.make_gate(app, new_id()).resume()
+        parts.make_gate(app, new_id()).resume()
         result.outcomes = _Wait(app, asked, deadline, watch or Watcher()).until_done()
     return result
 
 
 def _ask_when_to_renew(app: App, deadline: float, bench: Bench | None = None) -> None:
     """Ask the CA about certificates that it is time for, because no service does (RFC 9773); not past the deadline."""
-    used = bench or wiring.make_bench(app, new_id(), lambda _: None)
+    used = bench or parts.make_bench(app, new_id(), lambda _: None)
     used.gate.refresh()
     refresh_ari(
         app.db, used.client, app.clock, used.draw, lambda: time.monotonic() < deadline,
@@ -240,15 +240,15 @@ class _Wait:
 
     def _start_working(self) -> None:
         app, only, worker_id = self._app, [ticket.issuance_id for ticket in self._tickets], new_id()
-        self._bench = bench = wiring.make_bench(app, worker_id, self._note)
+        self._bench = bench = parts.make_bench(app, worker_id, self._note)
         app.db.write(lambda tx: workers.enter(tx, worker_id, socket.gethostname(), os.getpid(), version("certworker")))
         self._stack.callback(app.db.write, lambda tx: workers.leave(tx, worker_id))
         expire(app.db, app.clock)
         crew = Crew(bench, worker_id, app.settings.concurrency, only, may_order=self._can_answer, beaten=self._beaten)
-        responder = wiring.make_responder(app, crew.fetched)
+        responder = parts.make_responder(app, crew.fetched)
         responder.start()
         self._stack.callback(responder.stop)
-        agent = wiring.make_agent(app)
+        agent = parts.make_agent(app)
         if agent is not None:
             if app.settings.auto_publish == "on":
                 publish_changes(app.db, app.clock, app.defaults, leave_out=app.leave_out, always=True)

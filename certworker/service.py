@@ -15,7 +15,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 from importlib.metadata import version
 
-from certworker import wiring
+from certworker import parts, wiring
 from certworker.api.server import ApiServer
 from certworker.core.issuance import State
 from certworker.core.rollout import Cursor
@@ -65,21 +65,21 @@ class Service:
         self._worker_id = new_id()
         self._role = wiring.take_role(app)
         self._place = wiring.take_place(app)
-        self._listener = wiring.make_listener(app, self._told)
+        self._listener = parts.make_listener(app, self._told)
         self._announced = False
         self._overdue = 0
         """Certificates that nodes should have served by now, when it was last looked."""
         self._stopping = threading.Event()
         try:
-            self._bench = wiring.make_bench(app, self._worker_id, self._moved)
+            self._bench = parts.make_bench(app, self._worker_id, self._moved)
             self._crew = Crew(
                 self._bench, self._worker_id, app.settings.concurrency, may_order=self._can_answer,
                 beaten=self._beaten, poll=POLL if self._listener is None else _TOLD_POLL,
             )  # fmt: skip
-            self._responder = wiring.make_responder(app, self._crew.fetched)
-            self._node = EmbeddedNode(agent, self._verify) if (agent := wiring.make_agent(app)) is not None else None
+            self._responder = parts.make_responder(app, self._crew.fetched)
+            self._node = EmbeddedNode(agent, self._verify) if (agent := parts.make_agent(app)) is not None else None
             self._timetable = Timetable(self._jobs())
-            self._node_api = wiring.make_node_api(app)
+            self._node_api = parts.make_node_api(app)
             self._api = ApiServer(app.settings.api_listen, self, app.settings.scan_interval)
         except BaseException:
             self._give_up_locks()

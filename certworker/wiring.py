@@ -1,51 +1,18 @@
-"""From settings to working parts: the only place that constructs things.
+"""From settings to an App: the open database and its key, which every command needs; `parts` makes the rest of it."""
 
-`open_app` is what every command needs; the rest is made when a command asks for it, so that a short one
-does not pay for what a long one uses.
-"""
-
-import hashlib
 import os
 import pwd
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
-from certworker.api.node import NodeApi, make_tls
-from certworker.ca.client import Client, ExternalAccount
-from certworker.ca.transport import Transport
 from certworker.clock import DatabaseClock, system_clock
-from certworker.core.delivery import EVERYTHING, collect_changes
 from certworker.core.gateway import Defaults
-from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat
-from certworker.core.snapshot import read_snapshot
 from certworker.errors import CertworkerError, SealError, SettingsError
-from certworker.node.agent import Agent
-from certworker.node.control import PublishedVersion
-from certworker.node.folder import Folder
-from certworker.node.patience import Patience
-from certworker.outpost import make_proxy
-from certworker.resolver import look_up, look_up_caa
-from certworker.responder import Responder
 from certworker.settings import Settings
-from certworker.steps import barrier
-from certworker.steps.deliver import read_changes
-from certworker.steps.fleet import Fleet
-from certworker.steps.gate import Gate
-from certworker.steps.identity import take_identity
 from certworker.steps.reconcile import Wanted
-from certworker.steps.register import Accounts, Registration
-from certworker.steps.session import Bench, Session
-from certworker.store import (
-    challenges,
-    nodes,
-    settings_kv,
-    versions,
-    workers,
-)
+from certworker.store import settings_kv, workers
 from certworker.store.database import (
     SCHEMA_REVISION,
     Database,
@@ -55,7 +22,6 @@ from certworker.store.database import (
     sqlite_path,
 )
 from certworker.store.lineages import Issuer
-from certworker.store.listen import Listener
 from certworker.store.role import Place, WorkerRole
 from certworker.store.seal import Sealer, make_kek, read_kek
 
@@ -192,11 +158,6 @@ def take_place(app: App) -> Place | None:
     return None if app.db.embedded else Place.take(app.settings.data_dir)
 
 
-def make_listener(app: App, on_notice: Callable[[str], object]) -> Listener | None:
-    """Return what hears of new rows, not started; an embedded database has one worker, which knows."""
-    return None if app.db.embedded else Listener(app.settings.database_url, on_notice)
-
-
 def refuse_other_issuer(app: App) -> None:
     """Raise SettingsError if a live service works with another CA, profile or key type on this database.
 
@@ -208,98 +169,6 @@ def refuse_other_issuer(app: App) -> None:
             f"the service on this database issues from {used}, these settings say {ours}: "
             "give the command the service's settings, or stop the service to change them"
         )
-
-
-def make_accounts(app: App) -> Accounts:
-    """Return the accounts at the CA of the settings."""
-    s = app.settings
-    client = Client(s.acme_directory_url, Transport(s.acme_ca_bundle, os.environ), app.clock)
-    external = ExternalAccount(s.acme_eab_kid, _eab_secret(s)) if s.acme_eab_kid else None
-    registration = Registration(
-        s.acme_directory_url, tuple(s.acme_contact), s.acme_tos_agreed, external, s.acme_private_ca,
-        s.acme_rate_limits,
-    )  # fmt: skip
-    return Accounts(app.db, client, app.sealer, app.clock, registration)
-
-
-def _eab_secret(settings: Settings) -> str:
-    return settings.acme_eab_hmac_key.get_secret_value() if settings.acme_eab_hmac_key else ""
-
-
-def make_gate(app: App, worker_id: str) -> Gate:
-    """Return this worker's side of the circuit breaker at the CA of the settings."""
-    s = app.settings
-    made_with = [s.acme_directory_url, *s.acme_contact, str(s.acme_tos_agreed), s.acme_eab_kid or "", _eab_secret(s)]
-    fingerprint = hashlib.sha256("\0".join(made_with).encode()).hexdigest()
-    return Gate(app.db, s.acme_directory_url, app.clock, random.SystemRandom().random, worker_id, fingerprint)
-
-
-def make_bench(app: App, worker_id: str, moved: Callable[[Session], None]) -> Bench:
-    """Return what issuances are made with."""
-    s, accounts = app.settings, make_accounts(app)
-    return Bench(
-        app.db, accounts.client, accounts, make_gate(app, worker_id), s.acme_rate_limits, app.sealer, app.clock,
-        random.SystemRandom().random, lambda name: look_up(name, s.dns_resolver),
-        lambda name: look_up_caa(name, s.dns_resolver),
-        lambda names, thumbprint: app.db.read(lambda tx: barrier.why_not(tx, names, thumbprint, s.node_silent)),
-        moved,
-    )  # fmt: skip
-
-
-def make_responder(app: App, on_fetch: Callable[[str], object]) -> Responder:
-    """Return the responder, not started; it answers any live token of the database."""
-    host, _, port = app.settings.responder_listen.rpartition(":")
-    return Responder(
-        host.strip("[]"),
-        int(port),
-        lambda token: app.db.read(lambda tx: challenges.find_key_authorization(tx, token)),
-        on_fetch,
-    )
-
-
-def make_node_api(app: App) -> NodeApi | None:
-    """Return the node API, not started; None without NODE_LISTEN."""
-    s = app.settings
-    if s.node_listen is None:
-        return None
-    identity = take_identity(app.db, app.sealer)
-    tls = make_tls(identity.certificate_pem, identity.key_pem)
-    return NodeApi(s.node_listen, Fleet(app.db, app.sealer, app.clock, s.node_silent), tls)
-
-
-def make_agent(app: App) -> Agent | None:
-    """Return the embedded node's agent, None if this machine has no proxy to manage."""
-    s = app.settings
-    if s.embedded_node == "none":
-        return None
-    folder, patience = Folder(s.data_dir / "node"), Patience()
-    proxy = make_proxy(s.embedded_node, s, folder, patience)
-    return Agent(s.node_name, DatabaseSource(app), folder, proxy, patience, random.SystemRandom())
-
-
-class DatabaseSource:
-    """What an embedded node asks: the database itself. A `node.control.Source`."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    def published(self) -> PublishedVersion | None:
-        found = self._app.db.read(versions.find_published)
-        if found is None:
-            return None
-        return PublishedVersion(found.id, found.number or 0, read_snapshot(found.snapshot_json))
-
-    def changes_after(self, cursor: Cursor) -> CertificateChanges:
-        db, sealer = self._app.db, self._app.sealer
-        return collect_changes(
-            lambda after, continued: db.read(
-                lambda tx: read_changes(tx, sealer, after, EVERYTHING, continued=continued)
-            ),
-            cursor,
-        )
-
-    def report(self, heartbeat: Heartbeat) -> None:
-        self._app.db.write(lambda tx: nodes.record(tx, heartbeat, f"certworker {version('certworker')}"))
 
 
 def _refuse_new_key_for_old_database(db: Database, kek_file: Path) -> None:

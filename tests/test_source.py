@@ -6,10 +6,11 @@ import pytest
 from sqlalchemy import Connection
 
 from certworker.core.rollout import Cursor
+from certworker.parts import DatabaseSource
 from certworker.settings import load
 from certworker.store import certificates
 from certworker.store.database import Database
-from certworker.wiring import App, DatabaseSource
+from certworker.wiring import App
 from tests.steps.world import World
 
 

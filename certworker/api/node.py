@@ -71,7 +71,7 @@ T = TypeVar("T")
 
 
 class ControlPlane(Protocol):
-    """What the node API asks, from its threads; `wiring` builds it on the database. All may raise StoreError."""
+    """What the node API asks, from its threads; `parts` builds it on the database. All may raise StoreError."""
 
     def look(self) -> Standing:
         """Return where the control plane is."""

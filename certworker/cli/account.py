@@ -11,7 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from certworker import wiring
+from certworker import parts, wiring
 from certworker.ca.problems import Endpoint, classify, clean_text
 from certworker.cli.logs import start_logging
 from certworker.cli.main import settings_of
@@ -67,7 +67,7 @@ def register(ctx: click.Context, new_key: bool, as_json: bool) -> None:
     with _opened(ctx, Endpoint.NEW_ACCOUNT) as (app, used):
         wiring.refuse_other_issuer(app)
         done = steps.register(used, new_key=new_key)
-        wiring.make_gate(app, new_id()).resume()
+        parts.make_gate(app, new_id()).resume()
         lines = {
             "registered": "registered",
             "recovered": f"is in order again; {_PINS}",
@@ -127,7 +127,7 @@ def _opened(ctx: click.Context, doing: Endpoint) -> Iterator[tuple[App, Accounts
     start_logging(settings, at_least=logging.CRITICAL)  # what the result says is not said twice
     app = wiring.open_app(settings)
     try:
-        yield app, wiring.make_accounts(app)
+        yield app, parts.make_accounts(app)
     except CaError as error:
         hint = classify(error, doing).hint
         raise CertworkerError(str(error) if hint in str(error) else f"{error}; {hint}") from None

@@ -1,6 +1,6 @@
 """The node's side of the control plane: where versions and certificates come from, where heartbeats go.
 
-`wiring` builds a `Source` on the database for an embedded node and one over HTTP for a gateway
+`parts` builds a `Source` on the database for an embedded node and one over HTTP for a gateway
 machine; the agent cannot tell them apart.
 """
 

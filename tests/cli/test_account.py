@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from certworker import wiring
+from certworker import parts
 from certworker.ca.keys import AccountKey
 from certworker.ca.transport import Transport
 from certworker.cli.pebble import Pebble
@@ -31,7 +31,7 @@ def at(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(wiring, "Transport", Remembered)
+    monkeypatch.setattr(parts, "Transport", Remembered)
 
     def at(ca: Pebble, **settings: str) -> None:
         values = {
