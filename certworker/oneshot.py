@@ -20,6 +20,7 @@ from certworker import parts, wiring
 from certworker.errors import DatabaseHeld
 from certworker.service import EmbeddedNode
 from certworker.steps.crew import Crew
+from certworker.steps.deliver import Scopes
 from certworker.steps.expire import expire
 from certworker.steps.gate import incident
 from certworker.steps.publish import publish_changes
@@ -27,7 +28,7 @@ from certworker.steps.reconcile import reconcile
 from certworker.steps.refresh_ari import refresh_ari
 from certworker.steps.renew import Outcome, Request, Ticket, outcome, request
 from certworker.steps.session import Bench, Session
-from certworker.steps.verify import verify
+from certworker.steps.verify import unlisted, verify
 from certworker.store import issuances, nodes, workers
 from certworker.store.issuances import Standing
 from certworker.store.rows import new_id
@@ -136,6 +137,7 @@ class _Wait:
         self._tickets = asked.tickets
         self._deadline = deadline
         self._watch = watch
+        self._scopes = Scopes()
         self._told: dict[str, str] = {}
         self._ended: dict[str, Outcome] = {}
         self._stack = ExitStack()
@@ -167,7 +169,7 @@ class _Wait:
                 self._app.db, self._app.clock, self._app.wanted, self._app.sealer,
                 thumbprint=self._bench.accounts.thumbprint,
             )  # fmt: skip
-            verify(self._app.db, self._app.clock, self._app.settings.node_silent)
+            verify(self._app.db, self._app.clock, self._scopes, self._app.settings.node_silent)
         waiting = [ticket for ticket in self._tickets if ticket.issuance_id not in self._ended]
         ids = [ticket.issuance_id for ticket in waiting]
         still_open = self._app.db.read(lambda tx: issuances.standings(tx, ids))
@@ -205,10 +207,13 @@ class _Wait:
 
     def _ask(self, ticket: Ticket) -> Outcome:
         """Return how a ticket stands; one that only waits for the CA has the CA's trouble for a reason."""
-        found = outcome(self._app.db, ticket, has_nodes=self._has_nodes())
+        found = outcome(self._app.db, ticket, has_nodes=self._has_nodes() and not self._is_unlisted(ticket))
         if found.result == "waiting" and found.error is None and (trouble := self._incident()) is not None:
             return replace(found, error={**(trouble["error"] or {}), "retry_at": _shown(trouble["next_attempt_at"])})
         return found
+
+    def _is_unlisted(self, ticket: Ticket) -> bool:
+        return bool(self._app.db.read(lambda tx: unlisted(tx, [ticket.lineage_id], self._scopes)))
 
     def _has_nodes(self) -> bool:
         return bool(self._app.db.read(lambda tx: nodes.live(tx, self._app.settings.node_silent)))

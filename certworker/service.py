@@ -23,6 +23,7 @@ from certworker.errors import CertworkerError, StoreError
 from certworker.node.agent import Agent
 from certworker.scheduler import Job, Timetable
 from certworker.steps.crew import POLL, Crew
+from certworker.steps.deliver import Scopes
 from certworker.steps.expire import expire
 from certworker.steps.publish import figures, pass_over_changes, publish_changes
 from certworker.steps.reap import reap
@@ -67,6 +68,7 @@ class Service:
         self._place = wiring.take_place(app)
         self._listener = parts.make_listener(app, self._told)
         self._announced = False
+        self._scopes = Scopes()
         self._overdue = 0
         """Certificates that nodes should have served by now, when it was last looked."""
         self._stopping = threading.Event()
@@ -219,7 +221,7 @@ class Service:
         self._wake_nodes()
 
     def _verify(self) -> None:
-        served = verify(self._app.db, self._app.clock, self._app.settings.node_silent)
+        served = verify(self._app.db, self._app.clock, self._scopes, self._app.settings.node_silent)
         if served:
             _log.info("certificates.served", extra={"count": served})
         overdue = self.overdue()

@@ -10,9 +10,10 @@ from certworker.cli.main import settings_of
 from certworker.cli.output import count, json_option, print_json, print_table
 from certworker.core.names import check_name
 from certworker.errors import UnknownName
+from certworker.steps.deliver import Scopes, held_back
 from certworker.steps.gate import incident
 from certworker.steps.publish import FAULTS, LEFT_OUT, Hold, find_hold, find_lines
-from certworker.steps.verify import missing
+from certworker.steps.verify import NOWHERE, missing, unlisted
 from certworker.store import lineages, nodes, policies, report, versions
 from certworker.store.database import Transaction
 from certworker.store.lineages import LeftOut
@@ -48,10 +49,13 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
     rows = report.lineage_rows(tx, name, limit=_MOST)
     unserved = lineages.unserved_among(tx, [row["id"] for row in rows if row["served_at"] is None])
     left_out = lineages.left_out_among(tx, [row["id"] for row in rows if len(row["dns_names"]) > 1])
+    nowhere = unlisted(tx, unserved, Scopes())
     shown_lineages = []
     for row in rows:
         waits = unserved.get(row["id"])
         lacking = [] if waits is None else [why for node in live if (why := missing(waits, node))]
+        if row["id"] in nowhere:
+            lacking = [NOWHERE]
         shown_lineages.append(_lineage(row, lacking, left_out.get(row["id"], [])))
     published = versions.find_published(tx)
     hold = find_hold(tx)
@@ -72,6 +76,7 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
         "publish_faults": find_lines(tx, FAULTS),
         "left_out_rows": find_lines(tx, LEFT_OUT),
         "publish_hold": None if hold is None else asdict(hold),
+        "held_back": held_back(tx, app.settings.node_silent),
         "truncated": max(len(found), len(rows)) >= _MOST,
     }  # fmt: skip
 
@@ -126,6 +131,8 @@ def _print(document: dict[str, Any]) -> None:
         click.echo(f"not published: {fault}")
     for fault in document["left_out_rows"]:
         click.echo(f"published without: {fault}")
+    if document["held_back"] is not None:
+        click.echo(f"version {document['published']['number']} goes to canaries only: {document['held_back']}")
     if document["publish_hold"] is not None:
         click.echo(f"held: {Hold(**document['publish_hold'])}")
 

@@ -84,6 +84,8 @@ class Heartbeat:
     """The newest version, if it was not taken over."""
     unanswered: Mapping[str, str] = field(default_factory=dict)
     """DNS name -> why a challenge for it is not answered with its thumbprint."""
+    untold: int = 0
+    """How many more there are in `unserved` and `unanswered` than are named."""
     warnings: tuple[str, ...] = ()
     """What the proxy's own check remarked on the served version."""
     error: str | None = None

@@ -162,6 +162,7 @@ class HeartbeatBody(_Asked):
     refused: dict[Uuid, Line]
     refused_version_id: Uuid | None
     unanswered: dict[Host, Line]
+    untold: Annotated[int, Field(ge=0)] = 0
     warnings: Annotated[tuple[Line, ...], Field(max_length=1000)]
     error: Line | None
 

@@ -35,7 +35,7 @@ from certworker.node.probe import (
 from certworker.node.state import HeldCertificate, Lists, State, load_state, save_state
 
 MOST_TOLD = 10_000
-"""Fingerprints in one heartbeat: what matters is the cursor, and a first start may prove a million."""
+"""Fingerprints, and faults of each kind, in one heartbeat: a first start may prove a million, or fail to."""
 MOST_WARNINGS = 100
 HOT_LIMIT = 500
 """Above that many changed lines one reload is cheaper than as many commands."""
@@ -312,26 +312,37 @@ class Agent:
             served = None
         if self._refused is not None:
             troubles = [self._refused[1], *troubles]
+        unserved, unanswered = self._unserved(served), self._state.unanswered
         return Heartbeat(
             node_id=self._node_id,
             version_id=served.id if served else None,
             version_number=served.number if served else None,
             cursor=self._state.cursor,
             proxy=self._proxy_name,
-            fingerprints=dict(islice(self._proved.items(), MOST_TOLD)),
-            unserved=self._unserved(served),
-            refused=dict(self._state.refused),
+            fingerprints=_first(self._proved),
+            unserved=_first(unserved),
+            refused=_first(self._state.refused),
             refused_version_id=None if self._refused is None else self._refused[0],
-            unanswered=dict(self._state.unanswered),
+            unanswered=_first(unanswered),
+            untold=sum(max(0, len(faults) - MOST_TOLD) for faults in (unserved, unanswered)),
             warnings=self._warnings[:MOST_WARNINGS],
             error=troubles[0] if troubles else None,
         )
 
     def _unserved(self, served: PublishedVersion | None) -> dict[str, str]:
         held = self._state.held
-        listed = {one.certificate_id for one in expect(served, held, held)}
-        nowhere = {name: "no https listener that is served answers its names" for name in held if name not in listed}
+        expected = expect(served, held, held)
+        listed, answered = {one.certificate_id for one in expected}, {one.dns_name for one in expected}
+        why = "no https listener that is served answers its names"
+        # Where other certificates answer all of its names, for longer, there is nothing to mend.
+        nowhere = {
+            name: why for name, one in held.items() if name not in listed and not answered.issuperset(one.dns_names)
+        }
         return {**nowhere, **self._state.unproved, **self._state.refused}
+
+
+def _first(told: Mapping[str, str]) -> dict[str, str]:
+    return dict(islice(told.items(), MOST_TOLD))
 
 
 def _merge_thumbprints(state: State, changes: CertificateChanges) -> State:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from certworker.core.gateway import STATELESS
-from certworker.store import enrolments, gateway, nodes, settings_kv, thumbprints
+from certworker.store import enrolments, gateway, nodes, settings_kv, thumbprints, versions
 from certworker.store.database import Transaction
 from certworker.store.nodes import NodeStatus
 from certworker.store.thumbprints import Thumbprint
@@ -20,12 +20,15 @@ def why_not(tx: Transaction, dns_names: Sequence[str], thumbprint: str, silent: 
     """Return why not every live node answers for these names with this account's thumbprint; None if all do.
 
     A node that was not heard of for `silent` is not waited for: it may never come back. Where no node was
-    enrolled and none is heard of, the proxies are not ours, and nobody knows.
+    enrolled and none is heard of, the proxies are not ours, and nobody knows. The first one is waited for as
+    long: the worker with the proxy may start a moment after this one.
     """
     live = nodes.live(tx, silent)
     stateless = gateway.is_challenge_used(tx, STATELESS) or bool(settings_kv.find(tx, settings_kv.THUMBPRINT))
     if not live and (stateless or enrolments.list_present(tx)):
         return f"no node was heard of within {silent.total_seconds():.0f} s, so nothing answers on port 80"
+    if _is_beginning(tx, silent):
+        return "the first version was published a moment ago, and no node serves it yet"
     if idle := [node.node_id for node in live if node.version is None]:
         return f"{', '.join(idle)}: serves no version yet"
     if not stateless:
@@ -38,9 +41,13 @@ def why_not(tx: Transaction, dns_names: Sequence[str], thumbprint: str, silent: 
     return next((why for node in live for row in rows.values() if (why := _lacks(node, row))), None)
 
 
+def _is_beginning(tx: Transaction, silent: timedelta) -> bool:
+    return not nodes.is_any(tx) and gateway.has_http_listener(tx) and versions.is_first_within(tx, silent)
+
+
 def _lacks(node: NodeStatus, row: Thumbprint) -> str | None:
     if (why := node.unanswered.get(row.host)) is not None:
         return f"{node.node_id}: {row.host}: {why}"
-    if node.revision < row.revision:
+    if node.revision < row.revision or node.untold:
         return f"{node.node_id}: has not proved yet that it answers for {row.host}"
     return None

@@ -32,6 +32,8 @@ from certworker.store.seal import Sealer
 
 PAGE = 500
 """Certificates in one answer: with their keys some 3 MB."""
+_REMEMBERED = 100
+"""Versions whose scope is remembered; a fleet serves two or three."""
 
 
 def look(db: Database, silent: timedelta) -> Standing:
@@ -49,8 +51,10 @@ def _release(tx: Connection, silent: timedelta) -> Standing:
     # Whoever looked before another version was published must not write after it: nodes would go back to the older one.
     versions.lock(tx)
     standing = _standing(tx)
-    if standing.published_id is None or held_back(tx, silent) is not None:
-        return standing
+    if standing.published_id in (None, standing.released_id) or held_back(tx, silent) is not None:
+        return standing  # another worker was faster
+    if standing.released_id is not None:
+        settings_kv.put(tx, settings_kv.RELEASED_BEFORE, standing.released_id)
     settings_kv.put(tx, settings_kv.RELEASED_VERSION, standing.published_id)
     return replace(standing, released_id=standing.published_id)
 
@@ -74,10 +78,25 @@ def held_back(tx: Connection, silent: timedelta) -> str | None:
     return why_held_back(published_id, [Canary(name, name in live, live.get(name)) for name in names])
 
 
-def version_scope(tx: Connection, version_id: str) -> Scope:
-    """Return which certificates a node needs to serve this version; none if there is no such version."""
-    found = versions.find_by_id(tx, version_id)
-    return NOTHING if found is None else scope_of(read_snapshot(found.snapshot_json))
+class Scopes:
+    """Which certificates a node needs to serve a version; each is read once, because a version never changes."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Scope] = {}
+
+    def of(self, tx: Connection, version_id: str | None) -> Scope:
+        """Return a version's scope; nothing if there is no such version."""
+        if version_id is None:
+            return NOTHING
+        scope = self._known.get(version_id)
+        if scope is None:
+            found = versions.find_by_id(tx, version_id)
+            if found is None:
+                return NOTHING
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            scope = self._known[version_id] = scope_of(read_snapshot(found.snapshot_json))
+        return scope
 
 
 def read_changes(

@@ -10,14 +10,13 @@ from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat
 from certworker.core.transit import EnrolRequest, NodeToken, VersionDocument
 from certworker.errors import NodeRemoved
 from certworker.steps.admit import admit, recognise
-from certworker.steps.deliver import look, read_changes, version_scope
+from certworker.steps.deliver import Scopes, look, read_changes
 from certworker.store import enrolments, nodes, settings_kv, versions
 from certworker.store.database import Database
 from certworker.store.seal import Sealer
 
+_RECENT = (settings_kv.RELEASED_VERSION, settings_kv.RELEASED_BEFORE)
 _SELDOM, _OFTEN = timedelta(seconds=10), timedelta(seconds=1)
-_REMEMBERED = 100
-"""Versions whose scope is remembered; a fleet serves two or three."""
 
 
 class Fleet:
@@ -26,7 +25,7 @@ class Fleet:
     def __init__(self, db: Database, sealer: Sealer, clock: Clock, silent: timedelta) -> None:
         """Speak for `db`; a node that was not heard of for `silent` is not live."""
         self._db, self._sealer, self._clock, self._silent = db, sealer, clock, silent
-        self._scopes: dict[str, Scope] = {}
+        self._scopes = Scopes()
 
     @property
     def heartbeat_every(self) -> timedelta:
@@ -81,18 +80,12 @@ class Fleet:
             raise NodeRemoved(f"node {node.name} was removed")
 
     def _scope(self, tx: Connection, node: Node) -> Scope:
-        said = nodes.find(tx, node.name)
-        version_ids = {_version_id(tx, node), None if said is None else said.version_id}
-        return join_scopes(self._scope_of(tx, version_id) for version_id in version_ids if version_id is not None)
-
-    def _scope_of(self, tx: Connection, version_id: str) -> Scope:
-        """Return a version's scope; read once, because a version never changes."""
-        scope = self._scopes.get(version_id)
-        if scope is None:
-            if len(self._scopes) >= _REMEMBERED:
-                self._scopes.clear()
-            scope = self._scopes[version_id] = version_scope(tx, version_id)
-        return scope
+        wanted, said = _version_id(tx, node), nodes.find(tx, node.name)
+        # What it says it serves is believed as far back as a node that refuses the newest version can be: else
+        # a stolen token would say a version that has what this node was to have no longer.
+        recent = {wanted, *(settings_kv.find(tx, key) for key in _RECENT)}
+        served = said.version_id if said is not None and said.version_id in recent else None
+        return join_scopes(self._scopes.of(tx, version_id) for version_id in {wanted, served})
 
 
 def _version_id(tx: Connection, node: Node) -> str | None:

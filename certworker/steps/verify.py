@@ -1,11 +1,17 @@
-"""Renewed means served: a lineage is served when every live node proved that it presents the new leaf."""
+"""Renewed means served: a lineage is served when every live node proved that it presents the new leaf.
 
+Or another one, for all of its names, that lasts longer. One that no listener names its policy is served by
+nobody, whatever the nodes say.
+"""
+
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.store import lineages, nodes
+from certworker.steps.deliver import Scopes
+from certworker.store import lineages, nodes, versions
 from certworker.store.database import Database
 from certworker.store.lineages import Unserved
 from certworker.store.nodes import NodeStatus
@@ -15,7 +21,10 @@ OVERDUE = timedelta(minutes=5)
 """A certificate that some node does not serve so long after it came is an alert."""
 
 
-def verify(db: Database, clock: Clock, silent: timedelta) -> int:
+NOWHERE = "no https listener of the published version names its policy"
+
+
+def verify(db: Database, clock: Clock, scopes: Scopes, silent: timedelta) -> int:
     """Note as served what every node heard of within `silent` has proved; return how many."""
     live = db.read(lambda tx: nodes.live(tx, silent))
     if not live:
@@ -23,7 +32,13 @@ def verify(db: Database, clock: Clock, silent: timedelta) -> int:
     served, after = 0, ""
     while True:
         page = db.read(lambda tx: lineages.unserved(tx, after, _PAGE))  # noqa: B023 - called at once
-        proved = [unserved for unserved in page if not any(missing(unserved, node) for node in live)]
+        ids = [unserved.lineage_id for unserved in page]
+        nowhere = db.read(lambda tx: unlisted(tx, ids, scopes)) if ids else set()  # noqa: B023
+        proved = [
+            unserved
+            for unserved in page
+            if unserved.lineage_id not in nowhere and not any(missing(unserved, node) for node in live)
+        ]
         if proved:
             db.write(lambda tx: _note(tx, proved, clock()))  # noqa: B023
         served += len(proved)
@@ -41,6 +56,16 @@ def count_overdue(db: Database, clock: Clock) -> int:
     return db.read(count)
 
 
+def unlisted(tx: Connection, lineage_ids: Iterable[str], scopes: Scopes) -> set[str]:
+    """Return the lineages among these whose policies no https listener of the published version names."""
+    published_id = versions.published_id(tx)
+    if published_id is None:  # what the proxies serve is not ours then
+        return set()
+    scope = scopes.of(tx, published_id)
+    linked = lineages.policy_ids_of(tx, lineage_ids)
+    return {lineage_id for lineage_id, policy_ids in linked.items() if lineage_id and not scope.covers(policy_ids)}
+
+
 def missing(unserved: Unserved, node: NodeStatus) -> str | None:
     """Return why this node does not count as serving the certificate, None if it does."""
     why = node.unserved.get(unserved.certificate_id)
@@ -48,6 +73,8 @@ def missing(unserved: Unserved, node: NodeStatus) -> str | None:
         return f"{node.node_id}: {why}"
     if node.revision < unserved.revision:
         return f"{node.node_id}: has not proved it yet"
+    if node.untold:
+        return f"{node.node_id}: has more that it does not serve than it can name"
     presented = node.fingerprints.get(unserved.certificate_id)
     if presented is not None and presented != unserved.fingerprint:
         return f"{node.node_id}: presents another certificate"

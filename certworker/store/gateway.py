@@ -50,6 +50,12 @@ def names(tx: Connection) -> dict[str, str]:
     return found
 
 
+def has_http_listener(tx: Connection) -> bool:
+    """Say whether a listener is enabled that a CA can look at first (RFC 8555 §8.3)."""
+    query = select(listeners.c.id).where(listeners.c.enabled, listeners.c.protocol == "http")
+    return tx.execute(query.limit(1)).first() is not None
+
+
 def is_challenge_used(tx: Connection, challenge: str) -> bool:
     """Say whether an enabled http listener, where CAs look first, answers HTTP-01 challenges in this way."""
     query = select(listeners.c.id).where(

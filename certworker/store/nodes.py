@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, delete, literal, select, update
+from sqlalchemy import Connection, Select, delete, literal, select, update
 
 from certworker.core.rollout import Heartbeat
-from certworker.store.rows import columns_of, insert_new, new_id, to_value
+from certworker.store import counters
+from certworker.store.rows import insert_new, new_id
 from certworker.store.tables import config_versions, node_status
 from certworker.store.types import db_now, seconds_from_now
 
@@ -21,12 +22,14 @@ class NodeStatus:
     heartbeat_at: datetime
     """The database's time."""
     metadata: dict[str, Any] | None
+    epoch: int
+    """The database's, now: what a node proved before a restore says nothing about what is there since."""
 
     @property
     def revision(self) -> int:
         """Every certificate up to this revision was proved to be served, or is named in `unserved`."""
         cursor = self._member("cursor")
-        revision = cursor.get("revision", 0)
+        revision = cursor.get("revision", 0) if cursor.get("epoch") == self.epoch else 0
         return revision if isinstance(revision, int) else 0
 
     @property
@@ -75,6 +78,12 @@ class NodeStatus:
         return self._member("unanswered")
 
     @property
+    def untold(self) -> int:
+        """How many more it has in `unserved` and `unanswered` than it named: any one may be among them."""
+        untold = self._value("untold")
+        return untold if isinstance(untold, int) else 0
+
+    @property
     def error(self) -> str | None:
         return self._text("error")
 
@@ -107,8 +116,7 @@ def record(tx: Connection, heartbeat: Heartbeat, agent: str | None = None, addre
 
 def find(tx: Connection, node_id: str) -> NodeStatus | None:
     """Return what one node said last."""
-    row = tx.execute(select(*columns_of(NodeStatus, node_status)).where(node_status.c.node_id == node_id)).first()
-    return None if row is None else to_value(NodeStatus, row)
+    return next(iter(_read(tx, _ALL.where(node_status.c.node_id == node_id))), None)
 
 
 def forget(tx: Connection, node_id: str) -> bool:
@@ -123,12 +131,21 @@ def is_any(tx: Connection) -> bool:
 
 def list_all(tx: Connection) -> list[NodeStatus]:
     """Return every node that was ever heard of, by name."""
-    query = select(*columns_of(NodeStatus, node_status)).order_by(node_status.c.node_id)
-    return [to_value(NodeStatus, row) for row in tx.execute(query)]
+    return _read(tx, _ALL)
 
 
 def live(tx: Connection, silent: timedelta) -> list[NodeStatus]:
     """Return the nodes heard of within `silent`, by name."""
     since = seconds_from_now(literal(-int(silent.total_seconds())))
-    query = select(*columns_of(NodeStatus, node_status)).where(node_status.c.heartbeat_at > since)
-    return [to_value(NodeStatus, row) for row in tx.execute(query.order_by(node_status.c.node_id))]
+    return _read(tx, _ALL.where(node_status.c.heartbeat_at > since))
+
+
+_ALL = select(
+    node_status.c.node_id, node_status.c.version_id, node_status.c.heartbeat_at, node_status.c.metadata
+).order_by(node_status.c.node_id)
+
+
+def _read(tx: Connection, query: Select[Any]) -> list[NodeStatus]:
+    epoch = counters.value(tx, counters.EPOCH)
+    rows = tx.execute(query)
+    return [NodeStatus(node_id, version_id, at, metadata, epoch) for node_id, version_id, at, metadata in rows]

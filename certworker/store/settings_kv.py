@@ -17,6 +17,8 @@ NODE_API = "node_api"
 """Certificate and sealed key of the node API, a JSON object: one for all workers."""
 RELEASED_VERSION = "released_version"
 """Id of the version that nodes get that are no canaries."""
+RELEASED_BEFORE = "released_before"
+"""Id of the version that they got before it."""
 WRITTEN_AT = "written_at"
 """Written to find out whether the database can be."""
 

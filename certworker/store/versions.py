@@ -6,14 +6,15 @@ name a version by its number do not see it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Text, cast, delete, insert, select, update
+from sqlalchemy import Connection, Text, cast, delete, func, insert, literal, select, update
 
 from certworker.store import counters, settings_kv
 from certworker.store.rows import columns_of, new_id, to_value
 from certworker.store.tables import config_versions, node_status
+from certworker.store.types import seconds_from_now
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,13 @@ def serving(tx: Connection) -> Mapping[str, list[str]]:
 def published_id(tx: Connection) -> str | None:
     """Return the id of the published version, without its content."""
     return tx.execute(select(config_versions.c.id).where(config_versions.c.status == "published")).scalar()
+
+
+def is_first_within(tx: Connection, within: timedelta) -> bool:
+    """Say whether something is published, and nothing was before so much of the database's time."""
+    since = seconds_from_now(literal(-int(within.total_seconds())))
+    ever = config_versions.c.status.in_(("published", "archived"))
+    return bool(tx.execute(select(func.min(config_versions.c.created_at) > since).where(ever)).scalar())
 
 
 def published_mentions(tx: Connection, word: str) -> bool:

@@ -371,6 +371,22 @@ def test_a_node_keeps_what_it_serves_until_the_new_version_is_proved(plane: Plan
     assert {one.dns_names for one in after.changed} == {("b.test",)}
 
 
+def test_an_old_version_gives_nothing_back(plane: Plane) -> None:
+    """A token that says a version of long ago does not get what the node was to have then."""
+    plane.world.issue("a.test")
+    plane.world.issue("b.test")
+    policy_of = policies_of(plane)
+    machine = plane.join("gw1")
+    first = plane.publish(policy_of["a.test"])
+    plane.look()
+    for _ in range(2):
+        plane.publish(policy_of["b.test"])
+        plane.look()
+    machine.prove(first, Cursor())
+
+    assert names_of(machine) == {"b.test"}
+
+
 def test_what_is_gone_is_told(plane: Plane) -> None:
     """And to a node that missed the tombstone, by giving it the whole again."""
     plane.world.issue("a.test")

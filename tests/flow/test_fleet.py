@@ -66,13 +66,14 @@ def test_canary_first_and_a_refused_version_stops_there(fleet: Fleet) -> None:
         apply(box, changed)
         fleet.await_published(4)
         listed = box.json("node", "list")
-        shown = box.run("node", "list").stdout
+        shown, status = box.run("node", "list").stdout, box.run("status").stdout
         assert fleet.serve(3, "gw2")
 
     refused = f"canary refused it: version 2 is not applied: port {port}: another process listens on it"
     assert refused in hold["why"]
     assert "canary" in listed["held_back"]
     assert "version 4 goes to canaries only" in shown
+    assert "version 4 goes to canaries only" in status
     assert [line["version"] for line in other.log() if line["event"] == "agent.serves"] == [1, 3]
 
 

@@ -459,6 +459,29 @@ def test_certificates_wait_for_their_listener(node: Node, gateway: Gateway, port
     assert (heartbeat.unserved, heartbeat.fingerprints) == ({}, {certificate.id: certificate.fingerprint})
 
 
+def test_who_is_outlived_for_all_names_lacks_nothing(https_node: tuple[Node, int], authority: Authority) -> None:
+    """Another certificate answers each of its names; one name that nobody answers is a fault."""
+    node, port = https_node
+    node.source.put(authority.issue(2, "a.test", "b.test"))
+    node.source.put(both := authority.issue(3, "a.test", "b.test"))
+    assert node.step().unserved == {}
+    assert probe_tls(port, "a.test").fingerprint == both.fingerprint
+
+
+def test_more_faults_than_a_heartbeat_names_are_counted(
+    node: Node, gateway: Gateway, ports: Ports, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody may take what is not named for proved."""
+    monkeypatch.setattr("certworker.node.agent.MOST_TOLD", 1)
+    gateway.listener(ports.take())
+    node.source.publish(gateway.snapshot())
+    for number in (1, 2, 3):
+        node.source.put(authority.issue(number, f"n{number}.test"))
+
+    heartbeat = node.step()
+    assert (list(heartbeat.unserved), heartbeat.untold) == ([uuid(1)], 2)
+
+
 def test_an_unreachable_source_leaves_the_proxy_alone(https_node: tuple[Node, int]) -> None:
     """The proxy is looked after first; then the source's own exception goes through."""
     node, port = https_node

@@ -10,12 +10,13 @@ from certworker.core.gateway import Defaults
 from certworker.core.issuance import State
 from certworker.core.rollout import Cursor, Heartbeat
 from certworker.errors import UnknownName
+from certworker.steps.deliver import Scopes
 from certworker.steps.expire import expire
 from certworker.steps.publish import publish, publish_changes
 from certworker.steps.reap import HISTORY, TOKENS, reap
 from certworker.steps.renew import outcome, request
 from certworker.steps.scan import scan
-from certworker.steps.verify import verify
+from certworker.steps.verify import unlisted, verify
 from certworker.store import counters, gateway, lineages, nodes, policies, versions
 from certworker.store.rows import new_id
 
@@ -157,14 +158,14 @@ def revision_of(world: World) -> int:
 def test_served_means_that_every_live_node_proved_it(world: World) -> None:
     """One node of two is not enough; without nodes nothing is claimed."""
     lineage = world.issue("a.test")
-    assert verify(world.db, world.clock, SILENT) == 0
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 0
     beat(world, "n1", revision_of(world))
     beat(world, "n2", revision_of(world) - 1)
-    assert verify(world.db, world.clock, SILENT) == 0
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 0
     assert world.lineage("a.test").served_at is None
 
     beat(world, "n2", revision_of(world))
-    assert verify(world.db, world.clock, SILENT) == 1
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 1
     assert world.lineage(lineage.dns_names[0]).served_at == world.clock()
 
 
@@ -175,7 +176,7 @@ def test_a_node_that_presents_something_else_does_not_count(world: World, kind: 
     assert lineage.certificate_id is not None
     beat(world, "n1", revision_of(world), **{kind: {lineage.certificate_id: "0" * 64}})
 
-    assert verify(world.db, world.clock, SILENT) == 0
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 0
 
 
 def test_a_silent_node_is_not_waited_for(world: World) -> None:
@@ -186,21 +187,21 @@ def test_a_silent_node_is_not_waited_for(world: World) -> None:
     world.execute(f"UPDATE node_status SET heartbeat_at = '{old}'")
     beat(world, "n1", revision_of(world))
 
-    assert verify(world.db, world.clock, SILENT) == 1
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 1
 
 
 def test_a_renewal_has_to_be_proved_anew(world: World) -> None:
     """served_at belongs to the certificate that serves now."""
     lineage = world.issue("a.test")
     beat(world, "n1", revision_of(world))
-    verify(world.db, world.clock, SILENT)
+    verify(world.db, world.clock, Scopes(), SILENT)
     assert lineage.renew_at is not None
     world.clock.now = lineage.renew_at
     world.take_over()
     world.work()
 
     assert world.lineage("a.test").served_at is None
-    assert verify(world.db, world.clock, SILENT) == 0
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 0
 
 
 def test_a_newer_certificate_is_not_called_served_by_an_older_proof(world: World) -> None:
@@ -215,6 +216,46 @@ def test_a_newer_certificate_is_not_called_served_by_an_older_proof(world: World
     assert world.lineage(lineage.dns_names[0]).served_at == now
 
 
+def test_what_was_proved_before_a_restore_proves_nothing(world: World) -> None:
+    """Revisions are counted anew, so an old high one must not stand for what came since."""
+    world.issue("a.test")
+    beat(world, "n1", revision_of(world) + 100)
+    world.db.write(lambda tx: counters.start_over(tx, world.clock()))
+
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 0
+    (node,) = world.db.read(nodes.list_all)
+    assert node.revision == 0
+
+
+def test_a_node_that_cannot_name_all_its_faults_proves_nothing(world: World) -> None:
+    """Any certificate may be among them."""
+    world.issue("a.test")
+    beat(world, "n1", revision_of(world), untold=1)
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 0
+    beat(world, "n1", revision_of(world))
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 1
+
+
+def test_what_no_listener_names_is_served_by_nobody(world: World) -> None:
+    """Nodes are not even given it, so they have nothing against it."""
+    world.issue("a.test")
+    world.issue("b.test")
+    policy_of = dict(world.rows("SELECT domain, policy_id FROM certificates JOIN policy_lineages USING (lineage_id)"))
+    world.execute(
+        "INSERT INTO listeners (id, name, port, protocol, tls_policy_id, enabled) "
+        "VALUES (:id, 'a', 443, 'https', :policy, true)",
+        id=new_id(), policy=str(policy_of["a.test"]),
+    )  # fmt: skip
+    publish(world.db, world.clock, DEFAULTS)
+    beat(world, "n1", revision_of(world))
+
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 1
+    assert world.lineage("a.test").served_at is not None
+    assert world.lineage("b.test").served_at is None
+    ids = [world.lineage(name).id for name in ("a.test", "b.test")]
+    assert world.db.read(lambda tx: unlisted(tx, ids, Scopes())) == {world.lineage("b.test").id}
+
+
 @pytest.mark.parametrize("metadata", ["[1]", '"text"', "7", '{"cursor": 3, "unserved": [], "error": {}}'])
 def test_metadata_of_another_program_stops_nothing(world: World, metadata: str) -> None:
     """Any JSON may stand in node_status; a node that proves nothing is not counted as serving."""
@@ -222,7 +263,7 @@ def test_metadata_of_another_program_stops_nothing(world: World, metadata: str) 
     beat(world, "n1", revision_of(world))
     world.execute("UPDATE node_status SET metadata = :metadata", metadata=metadata)
 
-    assert verify(world.db, world.clock, SILENT) == 0
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 0
     (node,) = world.db.read(nodes.list_all)
     assert (node.revision, node.version, node.error) == (0, None, None)
 

@@ -7,6 +7,7 @@ import pytest
 
 from certworker.core.gateway import Defaults
 from certworker.core.rollout import Cursor, Heartbeat
+from certworker.steps.deliver import Scopes
 from certworker.steps.publish import find_hold, publish, publish_changes
 from certworker.steps.roll_back import SETTLES, TakenBack, take_back_certificates, take_back_version
 from certworker.steps.scan import scan
@@ -172,7 +173,7 @@ def test_what_is_not_served_for_long_is_an_alert(world: World) -> None:
     assert count_overdue(world.db, world.clock) == 0
     world.clock.move(timedelta(hours=1))
     beat(world, refuses=False)
-    assert verify(world.db, world.clock, NODE_SILENT) == 1
+    assert verify(world.db, world.clock, Scopes(), NODE_SILENT) == 1
 
     assert count_overdue(world.db, world.clock) == 0
 

@@ -151,6 +151,7 @@ def test_what_is_published_counts_as_long_as_it_is(stateless: World) -> None:
 
     publish(stateless.db, stateless.clock, DEFAULTS)
     stateless.take_over()
+    prove(stateless)
     go_on(stateless)
 
     assert rows(stateless) == {"a.test": None}
@@ -276,6 +277,21 @@ def test_enrolled_nodes_are_waited_for(world: World) -> None:
     assert "no node was heard of" in held(world)
 
     world.execute("DELETE FROM nodes")
+    go_on(world)
+
+    assert world.lineage("a.test").status == "active"
+
+
+def test_the_first_node_is_waited_for(world: World) -> None:
+    """The worker that runs the proxy may start after the one that orders; the proxies may be somebody else's, too."""
+    listen(world, "forward")
+    publish(world.db, world.clock, DEFAULTS)
+    order(world, "a.test")
+    go_on(world)
+    assert looks(world) == 0
+    assert "no node serves it yet" in held(world)
+
+    world.execute("UPDATE config_versions SET created_at = '2020-01-01T00:00:00.000000Z'")
     go_on(world)
 
     assert world.lineage("a.test").status == "active"
