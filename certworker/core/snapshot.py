@@ -28,7 +28,8 @@ MAX_PRIORITY = 2**31 - 1
 
 UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 """The form of every id."""
-_PATH = re.compile(r"/[!-~]{0,1023}")
+MAX_PATH = 1024
+_PATH = re.compile(r"/[!-~]*")
 
 
 def check_host(value: str) -> str:
@@ -43,9 +44,12 @@ def check_host(value: str) -> str:
 def check_path(value: str) -> str:
     """Return `value` if a request path can equal it or start with it, once decoded."""
     if not _PATH.fullmatch(value):
-        raise ValueError("a path starts with / and has at most 1024 printable ASCII characters without blanks")
-    if "//" in value or ".." in value.split("/"):
-        raise ValueError("a path has neither an empty nor a .. segment")
+        raise ValueError("a path starts with / and has printable ASCII characters only, no blanks")
+    if len(value) + value.count("\\") > MAX_PATH:
+        # nginx reads no word of more than 4,096 bytes, and a backslash is written as four.
+        raise ValueError(f"a path has at most {MAX_PATH} characters, of which a backslash counts as two")
+    if "//" in value or {".", ".."} & set(value.split("/")):
+        raise ValueError("a path has neither an empty nor a . or .. segment: clients take them out")
     if found := set("%?#") & set(value):
         raise ValueError(f"a path is written decoded and ends before a query: no {min(found)!r}")
     return value

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from certworker.core.certificate import MAX_CHAIN_BYTES
 from certworker.core.rollout import NodeCertificate
 from certworker.core.snapshot import check_host
 from certworker.errors import PairRefused
@@ -26,6 +27,9 @@ _BLANK_LINE = re.compile(rb"\n\s*\n")
 
 def render_pair(certificate: NodeCertificate) -> bytes:
     """Return leaf, intermediates and key as one PEM, or raise `PairRefused` saying what does not fit."""
+    if len(certificate.chain_pem) > MAX_CHAIN_BYTES:
+        # No client would read it, and nginx reads no certificate any more if one has too many parts.
+        raise _refusal(certificate, f"the chain has more than {MAX_CHAIN_BYTES} characters")
     try:
         chain = x509.load_pem_x509_certificates(certificate.chain_pem.encode())
         key = load_pem_private_key(certificate.key_pem.encode(), password=None)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+from certworker.core.patterns import replace_end
 from certworker.core.snapshot import HealthCheck, Listener, Match, PathMatch, Pool, Responder, Route, Snapshot, Target
 from certworker.render.files import (
     ALL_POLICIES,
@@ -28,6 +29,8 @@ CONFIG = "haproxy.cfg"
 
 _CHALLENGE_PATTERN = r"^/\.well-known/acme-challenge/[A-Za-z0-9_-]{22,128}$"
 """A token has at least 128 bits, in base64url (RFC 8555 §8.3)."""
+_END = r"\z"
+"""The end of a path. `$` would let a newline stand behind it (PCRE2, pcre2pattern(3) "Circumflex and dollar")."""
 _RESPONDER = "acme_responder"
 _NO_ROUTE = "no_route"
 
@@ -237,7 +240,8 @@ def _path_patterns(path: PathMatch) -> list[str]:
         if path.prefix.endswith("/"):
             return [f"-m beg -- {quote(path.prefix)}"]
         return [f"-m str -- {quote(path.prefix)}", f"-m beg -- {quote(path.prefix + '/')}"]
-    return [f"-m reg -- {quote(f'^(?:{path.regex})$')}"]
+    whole = replace_end(path.regex or "", _END)
+    return [f"-m reg -- {quote(f'^(?:{whole}){_END}')}"]
 
 
 def _backend(route: Route) -> str:

@@ -291,15 +291,18 @@ def test_hosts_that_are_refused(value: str) -> None:
         check_host(value)
 
 
-@pytest.mark.parametrize("value", ["/", "/a", "/a/", "/a'b", "/a-b_c.d~e", "/$HOME", "/-f", "/{", "/..a"])
+@pytest.mark.parametrize(
+    "value", ["/", "/a", "/a/", "/a'b", "/a-b_c.d~e", "/$HOME", "/-f", "/{", "/..a", "/" + "\\" * 511]
+)
 def test_paths_that_are_taken(value: str) -> None:
     assert check_path(value) == value
 
 
 @pytest.mark.parametrize(
     "value",
-    ["", "a", "/a b", "/a\n", "/a\x00", "/é", "//", "/a//b", "/..", "/a/../b", "/%41", "/a?b", "/a#b", "/" * 1025],
-)
+    ["", "a", "/a b", "/a\n", "/a\x00", "/é", "//", "/a//b", "/..", "/a/../b", "/.", "/a/./b", "/%41", "/a?b", "/a#b",
+     "/" + "a" * 1024, "/" + "\\" * 512],
+)  # fmt: skip
 def test_paths_that_are_refused(value: str) -> None:
     with pytest.raises(ValueError, match="path"):
         check_path(value)
@@ -328,7 +331,7 @@ def test_regexes_that_are_taken(value: str) -> None:
     "value",
     ["", "(", ")", "[", "*", "a**", "a+*", r"(a)\1", "(?i)a", "(?=a)", "(?!a)", "(?<=a)b", "(?P<n>a)", "(?#x)", "(?>a)",
      "(a+)+", "(?:a*)*", "((a+))*", "(a|b)*", "(a?)*", "(a?b?)+", "(?:a{2})+", "(abc){9}", "(*UTF)a", r"\Qa\E", r"\bx",
-     r"\pL", r"\x41", "[[:alpha:]]", "[a--b]", "a{,3}", "a{", "a++", "a\n", "é", "a" * 257, "x\\"],
+     r"\pL", r"\x41", "[[:alpha:]]", "[a--b]", "a{,3}", "a{", "a++", "a\n", "é", "a" * 257, "x\\", "$" * 65],
 )  # fmt: skip
 def test_regexes_that_are_refused(value: str) -> None:
     """What proxies read differently, or match in exponential time."""

@@ -29,6 +29,7 @@ def test_a_pair_is_written_anew(authority: Authority) -> None:
     [
         ({"chain_pem": ""}, "cannot be read"),
         ({"chain_pem": "é"}, "cannot be read"),
+        ({"chain_pem": "\n" * 300_000}, "more than 262144"),
         ({"key_pem": ""}, "cannot be read"),
         ({"key_pem": "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"}, "cannot be read"),
         ({"fingerprint": "0" * 64}, "fingerprint"),

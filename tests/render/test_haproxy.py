@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given
 
+from certworker.core.patterns import replace_end
 from certworker.core.snapshot import Match, PathMatch, Snapshot
 from certworker.errors import InputError
 from certworker.node.folder import Folder
@@ -141,7 +142,8 @@ def test_no_path_breaks_out(given_path: tuple[str, str]) -> None:
     lines = text(one_route(match)).splitlines()
     patterns = [line for line in lines if line.startswith("    acl r1_path")]
 
-    assert {words(line)[-1] for line in patterns} <= {value, f"{value}/", f"^(?:{value})$"}
+    whole = replace_end(value, r"\z")
+    assert {words(line)[-1] for line in patterns} <= {value, f"{value}/", rf"^(?:{whole})\z"}
     assert [line for line in lines if line not in patterns] == [
         line for line in plain if not line.startswith("    acl r1_path")
     ]

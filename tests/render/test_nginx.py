@@ -289,17 +289,27 @@ def test_long_chains_and_keys_come_back_whole(sizes: list[tuple[int, int]]) -> N
     assert longest < 4096
 
 
+def longest() -> Iterator[Match]:
+    """Give what has the longest words when it is printed: nginx reads none of more than 4,096 bytes."""
+    host = "*." + ".".join(["a" + "-" * 61 + "a"] * 3 + ["a" + "-" * 57 + "a"])
+    for path in ({"prefix": "/" + "." * 1023}, {"prefix": "/" + "\\" * 511}, {"regex": "$" * 64 + "\\\\" * 96}):
+        yield Match(host=host, path=PathMatch.model_validate(path))
+
+
 @pytest.mark.proxy
 def test_nginx_takes_every_printable_character(nginx_binary: Path) -> None:
-    """All that a path may contain, and all punctuation that a regex may name, passes the real check."""
+    """All that a path may contain, and all punctuation that a regex may name; the longest words too."""
     path = "/" + "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in "%?#/")
     regex = "/" + "".join(f"\\{character}" for character in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
     with TemporaryDirectory(prefix="certworker-render-") as name:
         folder = Folder(Path(name))
         proxy = Nginx(folder, NginxSetup(nginx_binary), Patience())
         proxy.write_lists(Lists())
-        for number, match in enumerate((PathMatch(exact=path), PathMatch(prefix=path), PathMatch(regex=regex)), 1):
-            rendered = proxy.render(one_route(Match(path=match)), number)
+        every = [
+            Match(path=PathMatch.model_validate(one)) for one in ({"exact": path}, {"prefix": path}, {"regex": regex})
+        ]
+        for number, match in enumerate([*every, *longest()], 1):
+            rendered = proxy.render(one_route(match), number)
             assert proxy.check(folder.write_version(str(number), rendered)) == ()
 
 
