@@ -67,7 +67,8 @@ def _make_haproxy(settings: Settings, folder: Folder, patience: Patience) -> Pro
 
 def _make_nginx(settings: Settings, folder: Folder, patience: Patience) -> Proxy:
     user = _existing_user("nginx") or _existing_user("www-data")
-    return Nginx(folder, NginxSetup(_find_binary(settings.nginx_bin, "nginx", "NGINX_BIN"), user=user), patience)
+    binary = _find_binary(settings.nginx_bin, "nginx", "NGINX_BIN")
+    return Nginx(folder, NginxSetup(binary, user=user, reserved=settings.own_addresses), patience)
 
 
 def _find_binary(named: Path | None, name: str, setting: str) -> Path:

@@ -185,6 +185,12 @@ class Settings(BaseModel):
         return self
 
     @property
+    def own_addresses(self) -> tuple[Address, ...]:
+        """What is certworker's own, and no upstream of anybody."""
+        always = (self.api_listen, self.responder_listen, *self.responder_addresses)
+        return always if self.node_listen is None else (*always, self.node_listen)
+
+    @property
     def scan_interval(self) -> timedelta:
         return timedelta(seconds=self.scan_interval_secs)
 

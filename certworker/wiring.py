@@ -51,12 +51,11 @@ class App:
     def defaults(self) -> Defaults:
         """What the gateway's rows leave open."""
         s = self.settings
-        own = (s.api_listen, s.responder_listen, *s.responder_addresses)
         return Defaults(
             timedelta(seconds=s.health_check_interval_secs),
             timedelta(milliseconds=s.health_check_timeout_ms),
             tuple(s.responder_addresses),
-            own if s.node_listen is None else (*own, s.node_listen),
+            s.own_addresses,
         )
 
     @property

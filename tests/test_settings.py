@@ -6,12 +6,14 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import SecretStr
 
 from certworker.core import budget
 from certworker.core.budget import Limit, Limits
+from certworker.core.gateway import Defaults, GatewayRows, PoolRow, TargetRow, build
 from certworker.errors import SettingsError
 from certworker.settings import LETS_ENCRYPT, Settings, load
 
@@ -308,3 +310,20 @@ def test_settings_do_not_change() -> None:
     """Read once, frozen."""
     with pytest.raises(ValueError, match="frozen"):
         load({}).seal = "off"
+
+
+def test_what_is_our_own_is_no_upstream() -> None:
+    """Every socket that a setting names, the node API's included."""
+    own = ("127.0.0.1:8400", "127.0.0.1:8402", "10.0.0.12:8402", "10.0.0.11:8401")
+    pool_id = str(UUID(int=1))
+    settings = load({"CERTWORKER_NODE_LISTEN": own[3], "CERTWORKER_RESPONDER_ADDRESSES": own[2]})
+    target = TargetRow(pool_id, pool_id, own[3], 1, True)
+    rows = GatewayRows(pools=(PoolRow(pool_id, "web", "round_robin", None),), targets=(target,))
+    defaults = Defaults(
+        timedelta(seconds=10), timedelta(seconds=2), settings.responder_addresses, settings.own_addresses
+    )
+
+    assert settings.own_addresses == own
+    assert [(fault.field, "certworker's own" in fault.rule) for fault in build(rows, defaults).faults] == [
+        ("address", True)
+    ]

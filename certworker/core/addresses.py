@@ -1,8 +1,8 @@
 """Upstream addresses: which hosts a target may name, and which places are certworker's own.
 
 A proxy connects to whatever it is told to, so an address is the shortest way from a row to the machine's
-own surroundings. Names are not resolved here: one that does not resolve must not block a publish, and
-one that resolves to such a place is up to the network (a proxy resolves it again and again).
+own surroundings. Names are not resolved here: one that does not resolve must not block a publish. What they
+resolve to is judged where that is done: by the agent for nginx, and for HAProxy by nobody (decision 16).
 
 Sources: RFC 6890 (special addresses), RFC 6761 §6.3 (localhost), RFC 4291 §2.5.5.2 (IPv4 as IPv6), and
 what the clouds document about their metadata services.

@@ -26,7 +26,7 @@ def resolve(host: str) -> tuple[str, ...]:
 
 
 def _may_be_upstream(address: str) -> bool:
-    # Whoever has a name can let it point at a cloud's metadata service.
+    # Whoever has a name can let it point at a cloud's metadata service. Ports are not known here: see `render.nginx`.
     try:
         return check_target_host(address) == address
     except ValueError:

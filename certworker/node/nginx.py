@@ -83,6 +83,8 @@ class NginxSetup:
     ipv6: bool = field(default_factory=has_ipv6)
     user: str | None = None
     max_connections: int = field(default_factory=allowed_connections)
+    reserved: tuple[str, ...] = ()
+    """`host:port` of what is certworker's own: no name of an upstream may lead there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ class Nginx:
             self._taken_over = self._rendered
         options = NginxOptions(
             str(self._folder.path), number, build.version, setup.ipv6, setup.user, build.stream_module,
-            setup.max_connections, self._rendered,
+            setup.max_connections, self._rendered, setup.reserved,
         )  # fmt: skip
         return render_nginx(snapshot, options)
 

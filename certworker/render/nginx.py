@@ -14,10 +14,11 @@ modules; RFC 8555 §8.3 (HTTP-01); RFC 9112 §3.2.2 (Host).
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import chain
 
+from certworker.core.addresses import Reserved
 from certworker.core.patterns import replace_end
 from certworker.core.snapshot import Listener, PathMatch, Pool, Responder, Route, Snapshot, Target
 from certworker.render.files import (
@@ -68,11 +69,16 @@ class NginxOptions:
     addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What the names of upstreams and responders resolve to. nginx itself looks a name up at its start only, and
     does not start if that fails."""
+    reserved: tuple[str, ...] = ()
+    """`host:port` of what no name of an upstream may lead to, besides the responders."""
 
 
 def render_nginx(snapshot: Snapshot, options: NginxOptions) -> RenderedFiles:
     """Print the configuration of one version. The lists that it includes are not part of it."""
     check_folder(options.folder)
+    # A name may come to lead to a place that nobody would be let write down.
+    responders = _responder_sockets(snapshot.responders, options)
+    options = replace(options, reserved=(*options.reserved, *responders))
     text = "\n".join(_config(snapshot, options)) + "\n"
     return RenderedFiles({CONFIG: RenderedFile(text.encode("ascii"))})
 
@@ -275,7 +281,7 @@ def _challenge(listener: Listener, snapshot: Snapshot, options: NginxOptions) ->
     if listener.challenge == "stateless":
         yield 'if ($acme_thumbprint = "") { return 404 "no such challenge"; }'
         yield 'return 200 "$acme_token.$acme_thumbprint";'
-    elif any(True for responder in snapshot.responders for _ in _sockets(responder, options)):
+    elif _responder_sockets(snapshot.responders, options):
         yield "proxy_hide_header Cache-Control;"
         yield "proxy_connect_timeout 1s;"
         yield "proxy_read_timeout 10s;"
@@ -345,15 +351,24 @@ def _has_servers(pool: Pool, options: NginxOptions) -> bool:
 
 
 def _servers(pool: Pool, options: NginxOptions) -> Iterator[tuple[Target, str]]:
+    reserved = Reserved(options.reserved)
     for target in pool.targets:
         if target.weight > 0 or pool.policy == "round_robin":
-            yield from ((target, socket) for socket in _sockets(target, options))
+            hosts = (host for host in _hosts(target, options) if not reserved.holds(host, target.port))
+            yield from ((target, _socket(host, target.port)) for host in hosts)
 
 
-def _sockets(target: Target | Responder, options: NginxOptions) -> Iterator[str]:
-    hosts = options.addresses.get(target.host, ()) if is_name(target.host) else (target.host,)
-    for host in hosts:
-        yield f"[{host}]:{target.port}" if ":" in host else f"{host}:{target.port}"
+def _hosts(place: Target | Responder, options: NginxOptions) -> tuple[str, ...]:
+    return options.addresses.get(place.host, ()) if is_name(place.host) else (place.host,)
+
+
+def _socket(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _responder_sockets(responders: Iterable[Responder], options: NginxOptions) -> list[str]:
+    """Return as `host:port` where challenges are answered."""
+    return [_socket(host, one.port) for one in responders for host in _hosts(one, options)]
 
 
 def _responder_pool(responders: Iterable[Responder], options: NginxOptions) -> Iterator[str]:
@@ -361,7 +376,7 @@ def _responder_pool(responders: Iterable[Responder], options: NginxOptions) -> I
 
     None of them is ever left alone: one that has just started, for a single renewal, has to be reached at once.
     """
-    sockets = [socket for responder in responders for socket in _sockets(responder, options)]
+    sockets = _responder_sockets(responders, options)
     if sockets:
         yield from _block(f"upstream {_RESPONDERS}", [f"server {socket} max_fails=0;" for socket in sockets])
 

@@ -1,5 +1,6 @@
 """Golden files prove sameness, nginx's own check proves meaning, properties prove that nothing breaks out."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from certworker.core.snapshot import Match, PathMatch, Snapshot
+from certworker.core.snapshot import Match, PathMatch, Snapshot, read_snapshot
 from certworker.errors import InputError
 from certworker.node.folder import Folder
 from certworker.node.nginx import Nginx, NginxSetup
@@ -100,6 +101,22 @@ def test_a_name_that_does_not_resolve_takes_no_other_target_along() -> None:
     alone = snapshot.model_dump()
     alone["pools"][0]["targets"] = alone["pools"][0]["targets"][:1]
     assert "return 503;" in text(Snapshot.model_validate(alone))
+
+
+def test_a_name_leads_to_nothing_of_ours() -> None:
+    """An address is left out where port and place are a responder's or another one's of ours; every other one stays."""
+    snapshot = json.loads(load("names").canonical())
+    snapshot["pools"][0]["targets"][0]["port"] = 8402
+    snapshot["responders"] = [{"host": "worker.internal", "port": 8402}]
+    addresses = {
+        "app.internal": ("127.0.0.1", "192.0.2.1", "192.0.2.7", "192.0.2.8"),
+        "worker.internal": ("192.0.2.7",),
+    }
+    options = NginxOptions("/srv", 1, addresses=addresses, reserved=("0.0.0.0:8402", "192.0.2.8:8400"))
+    told = text(read_snapshot(snapshot), options)
+
+    assert re.findall(r"server (\S+:8402) weight", told) == ["192.0.2.1:8402", "192.0.2.8:8402"]
+    assert "server 192.0.2.7:8402 max_fails=0;" in told
 
 
 @pytest.mark.parametrize("folder", ["relative", "/a b", "/a'b", "/a\nb", "/a#b", "/a$b", "/a\\b", "/é", "/a:b", ""])
