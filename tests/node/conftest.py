@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -278,6 +279,12 @@ class Node:
         lookup = Lookup(PATIENCE, self._resolve, timedelta(milliseconds=50))
         return WatchedNginx(self.folder, NginxSetup(self.binary), PATIENCE, lookup)
 
+    @property
+    def keeps_clients(self) -> bool:
+        """Whether no client of a kept connection has to send anything again at a reload (docs/operations.md)."""
+        name, _, number = self.proxy.describe().partition(" ")
+        return name == "haproxy" or tuple(map(int, number.split("."))) >= (1, 27, 4)
+
     def _resolve(self, host: str) -> tuple[str, ...]:
         if host not in self.hosts:
             raise OSError("no such name")
@@ -319,6 +326,7 @@ class Upstream(socketserver.ThreadingTCPServer):
 
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 128
 
     def __init__(self, port: int, name: str, handler: type[socketserver.BaseRequestHandler]) -> None:
         super().__init__(("127.0.0.1", port), handler)
@@ -454,13 +462,20 @@ def ask(port: int, path: str = "/", host: str = "a.test", method: str = "GET") -
 
 def ask_tls(port: int, sni: str, host: str, path: str = "/") -> tuple[int, str]:
     """Send one HTTPS request, trusting anybody, and return status and body."""
+    with shake_hands(port, sni) as connection:
+        return exchange(connection, path, host, "GET")
+
+
+def shake_hands(port: int, sni: str) -> ssl.SSLSocket:
+    """Open a TLS connection, trusting anybody."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with (
-        socket.create_connection(("127.0.0.1", port), timeout=LIMIT.total_seconds()) as plain,
-        context.wrap_socket(plain, server_hostname=sni) as connection,
-    ):
-        return exchange(connection, path, host, "GET")
+    plain = socket.create_connection(("127.0.0.1", port), timeout=LIMIT.total_seconds())
+    try:
+        return context.wrap_socket(plain, server_hostname=sni)
+    except OSError:
+        plain.close()
+        raise
 
 
 def exchange(connection: socket.socket, path: str, host: str, method: str) -> tuple[int, str]:
@@ -494,3 +509,71 @@ class Load:
                 self.answers += 1
                 if answer[0] != 200:
                     self.faults.append(repr(answer))
+
+
+@dataclass
+class KeptLoad(Load):
+    """A client that asks without a pause on one connection, and on another when that one is closed (RFC 9112 §9.3)."""
+
+    connections: int = 0
+    again: int = 0
+    """Requests on a used connection that was closed before a byte of the answer came. What every client sends again by
+    itself, if the method is idempotent (RFC 9112 §9.3.1); not a fault, if it is answered then."""
+
+    def run(self, over: threading.Event) -> None:
+        kept: HTTPConnection | None = None
+        while not over.is_set():
+            try:
+                kept = self._ask(kept)
+            except (OSError, HTTPException) as failed:
+                self.faults.append(repr(failed))
+                kept = None
+        if kept is not None:
+            kept.close()
+
+    def _ask(self, kept: HTTPConnection | None) -> HTTPConnection | None:
+        """Send one request, and return the connection if it is left open."""
+        if kept is not None and is_closed(kept.sock):
+            kept.close()
+            kept = None
+        connection = kept or self._connect()
+        try:
+            connection.request("GET", "/")
+            answer = connection.getresponse()
+        except ConnectionError:
+            connection.close()
+            if kept is None:
+                raise
+            self.again += 1
+            return None
+        body = answer.read()
+        if answer.status != 200:
+            self.faults.append(repr((answer.status, body)))
+        self.answers += 1
+        if answer.will_close:
+            connection.close()
+            return None
+        return connection
+
+    def _connect(self) -> HTTPConnection:
+        self.connections += 1
+        connection = HTTPConnection("a.test")
+        connection.sock = (
+            shake_hands(self.port, "a.test")
+            if self.tls
+            else socket.create_connection(("127.0.0.1", self.port), timeout=LIMIT.total_seconds())
+        )
+        return connection
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Say whether the other side has closed an idle connection, as clients look before they use it again."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(LIMIT.total_seconds())

@@ -1,8 +1,9 @@
 """What a node costs, measured: `python -m tests.node.measure [haproxy|nginx ...]`. One line of JSON for each figure.
 
-With 1, 1,000 and 10,000 certificates: start from nothing and proof of each, a hot swap of one, memory,
-a restart of the agent. Then 100 publishes under load. Seconds and MiB; the proxies and the load share
-the machine with the agent, so read the figures as ratios.
+With 1, 1,000 and 10,000 certificates: start from nothing and proof of each, a hot swap of one, memory, a restart of
+the agent. Then 100 publishes and 100 hot swaps under load, of clients that come anew each time and of others that
+keep their connection; it ends with an error where a request fails. Seconds and MiB; the proxies and the load share the
+machine with the agent, so read the figures as ratios.
 """
 
 import json
@@ -18,11 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
-from .conftest import Authority, Gateway, HttpHandler, Load, Node, Ports, Upstream
+from .conftest import Authority, Gateway, HttpHandler, KeptLoad, Load, Node, Ports, Upstream
 
 COUNTS = (1, 1_000, 10_000)
 SWAPS = 5
 PUBLISHES = 100
+KEPT = 3
+"""Clients of each listener that keep their connection."""
 
 
 def say(kind: str, **figures: object) -> None:
@@ -82,36 +85,66 @@ def measure_certificates(kind: str, count: int, ports: Ports) -> None:
         say(kind, certificates=count, agent_restart=seconds(lambda: sound_step(node)))
 
 
-def measure_publishes(kind: str, ports: Ports) -> None:
+@contextmanager
+def make_loaded(kind: str, ports: Ports) -> Iterator[tuple[Node, Gateway, list[Load], list[KeptLoad]]]:
+    """Serve a http and a https listener to clients that come anew for each request, and to others that stay."""
     authority, gateway = Authority(), Gateway()
     upstream = Upstream(ports.take(), "up", HttpHandler)
     with make_node(kind) as node:
-        loads = [Load(ports.take()), Load(ports.take(), tls=True)]
-        pool = gateway.pool(upstream.port)
-        listeners = [gateway.listener(load.port, "https" if load.tls else "http") for load in loads]
-        for listener in listeners:
-            gateway.route(listener, pool)
+        over, pool = threading.Event(), gateway.pool(upstream.port)
+        fresh, kept = [], []
+        for protocol in ("http", "https"):
+            gateway.route(gateway.listener(port := ports.take(), protocol), pool)
+            fresh.append(Load(port, protocol == "https"))
+            kept += [KeptLoad(port, protocol == "https") for _ in range(KEPT)]
         node.source.put(authority.issue(0, "a.test"))
         node.source.publish(gateway.snapshot())
         sound_step(node)
-        over = threading.Event()
-        clients = [threading.Thread(target=load.run, args=(over,)) for load in loads]
+        clients = [threading.Thread(target=load.run, args=(over,)) for load in (*fresh, *kept)]
         for client in clients:
             client.start()
+        try:
+            yield node, gateway, fresh, kept
+        finally:
+            over.set()
+            for client in clients:
+                client.join()
+    upstream.stop()
+
+
+def say_load(kind: str, node: Node, fresh: list[Load], kept: list[KeptLoad], **figures: object) -> None:
+    """Print what became of all requests, and end with an error where none was to fail."""
+    faults = [fault for load in (*fresh, *kept) for fault in load.faults]
+    again = sum(load.again for load in kept)
+    say(
+        kind, **figures, requests=sum(load.answers for load in fresh), failed=len(faults), first_faults=faults[:3],
+        kept_requests=sum(load.answers for load in kept), kept_connections=sum(load.connections for load in kept),
+        kept_sent_again=again,
+    )  # fmt: skip
+    assert not faults, faults
+    assert again == 0 or not node.keeps_clients
+
+
+def measure_publishes(kind: str, ports: Ports) -> None:
+    with make_loaded(kind, ports) as (node, gateway, fresh, kept):
         times = []
         for number in range(PUBLISHES):
-            gateway.route(listeners[0], pool, path={"exact": f"/{number}"})
+            gateway.route(gateway.listeners[0].id, gateway.pools[0].id, path={"exact": f"/{number}"})
             node.source.publish(gateway.snapshot())
             times.append(seconds(lambda: sound_step(node)))
-        over.set()
-        for client in clients:
-            client.join()
-        faults = [fault for load in loads for fault in load.faults]
-        say(
-            kind, publishes=PUBLISHES, publish=statistics.median(times), publish_worst=max(times),
-            requests=sum(load.answers for load in loads), failed=len(faults), first_faults=faults[:3],
-        )  # fmt: skip
-    upstream.stop()
+    say_load(
+        kind, node, fresh, kept, publishes=PUBLISHES, publish=statistics.median(times), publish_worst=max(times)
+    )  # fmt: skip
+
+
+def measure_swaps(kind: str, ports: Ports) -> None:
+    authority = Authority()
+    with make_loaded(kind, ports) as (node, _, fresh, kept):
+        times = []
+        for _ in range(PUBLISHES):
+            node.source.put(authority.issue(0, "a.test"))
+            times.append(seconds(lambda: sound_step(node)))
+    say_load(kind, node, fresh, kept, swaps=PUBLISHES, swap=statistics.median(times), swap_worst=max(times))
 
 
 def measure_quiet_publish(kind: str, ports: Ports) -> None:
@@ -130,10 +163,11 @@ def measure_quiet_publish(kind: str, ports: Ports) -> None:
 def main() -> None:
     ports = Ports(29000, 30000)
     for kind in sys.argv[1:] or ("haproxy", "nginx"):
-        for count in COUNTS:
-            measure_certificates(kind, count, ports)
         measure_quiet_publish(kind, ports)
         measure_publishes(kind, ports)
+        measure_swaps(kind, ports)
+        for count in COUNTS:
+            measure_certificates(kind, count, ports)
 
 
 if __name__ == "__main__":

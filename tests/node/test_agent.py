@@ -19,7 +19,19 @@ from certworker.errors import FolderHeld
 from certworker.node.probe import Seen, probe_tls
 from certworker.render.files import RenderedFile, RenderedFiles
 
-from .conftest import Authority, Gateway, Load, Node, Ports, Upstream, ask, ask_tls, await_true, uuid
+from .conftest import (
+    Authority,
+    Gateway,
+    KeptLoad,
+    Load,
+    Node,
+    Ports,
+    Upstream,
+    ask,
+    ask_tls,
+    await_true,
+    uuid,
+)
 
 pytestmark = pytest.mark.proxy
 
@@ -538,14 +550,15 @@ def test_the_https_listener_speaks_http2(https_node: tuple[Node, int], authority
 def test_publishes_and_renewals_fail_no_request(
     node: Node, gateway: Gateway, ports: Ports, authority: Authority, upstream: Callable[..., Upstream]
 ) -> None:
-    """While versions and certificates change, clients that come all the time get their answers."""
+    """While versions and certificates change, clients that come all the time, or stay, get their answers."""
     http, https, target = ports.take(), ports.take(), upstream("up").port
     for port, protocol in ((http, "http"), (https, "https")):
         gateway.route(gateway.listener(port, protocol), gateway.pool(target))
     node.source.publish(gateway.snapshot())
     node.source.put(authority.issue(1, "a.test"))
     assert node.step().error is None
-    over, loads = threading.Event(), [Load(http), Load(https, True)]
+    kept = [KeptLoad(http), KeptLoad(https, True)]
+    over, loads = threading.Event(), [Load(http), Load(https, True), *kept]
     clients = [threading.Thread(target=load.run, args=(over,)) for load in loads]
     for client in clients:
         client.start()
@@ -561,6 +574,7 @@ def test_publishes_and_renewals_fail_no_request(
 
     assert [fault for load in loads for fault in load.faults] == []
     assert all(load.answers > 10 for load in loads)
+    assert not node.keeps_clients or [load.again for load in kept] == [0, 0]
 
 
 @pytest.mark.parametrize("kind", ["nginx"])
