@@ -23,8 +23,10 @@ def print_haproxy(case: str, folder: str = FOLDER) -> bytes:
     return render_haproxy(load(case), HaproxyOptions(folder, number=42)).files[haproxy.CONFIG].content
 
 
-def print_nginx(case: str, folder: str = FOLDER, stream_module: str | None = STREAM_MODULE) -> bytes:
-    options = NginxOptions(folder, number=42, stream_module=stream_module, addresses=ADDRESSES)
+def print_nginx(
+    case: str, folder: str = FOLDER, stream_module: str | None = STREAM_MODULE, version: tuple[int, ...] = (1, 22)
+) -> bytes:
+    options = NginxOptions(folder, number=42, version=version, stream_module=stream_module, addresses=ADDRESSES)
     return render_nginx(load(case), options).files[nginx.CONFIG].content
 
 

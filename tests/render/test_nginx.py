@@ -46,8 +46,8 @@ def test_nginx_accepts_it_without_a_warning(case: str, nginx_binary: Path, autho
     with TemporaryDirectory(prefix="certworker-render-") as name:
         folder = Folder(Path(name))
         proxy = Nginx(folder, NginxSetup(nginx_binary), Patience())
-        module = proxy._find_build().stream_module
-        config = {CONFIG: RenderedFile(print_nginx(case, name, module))}
+        build = proxy._find_build()
+        config = {CONFIG: RenderedFile(print_nginx(case, name, build.stream_module, build.version))}
         version = folder.write_version("1", RenderedFiles(config))
         names = ("*.b.test", "a.test")
         line = ServedFile(folder.write_certificate(render_pair(authority.issue(1, *names))), names)
