@@ -55,7 +55,7 @@ def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
         waits = unserved.get(row["id"])
         lacking = [] if waits is None else [why for node in live if (why := missing(waits, node))]
         if row["id"] in nowhere:
-            lacking = [NOWHERE]
+            lacking = [f"any node: {NOWHERE}"]
         shown_lineages.append(_lineage(row, lacking, left_out.get(row["id"], [])))
     published = versions.find_published(tx)
     hold = find_hold(tx)
@@ -141,7 +141,7 @@ def _served(lineage: dict[str, Any], known: list[dict[str, Any]]) -> str:
     if lineage["served_at"] is not None:
         return "yes"
     if lineage["not_served_by"]:
-        return "not yet: " + "; ".join(lineage["not_served_by"])
+        return "issued, not yet served by: " + "; ".join(lineage["not_served_by"])
     return "" if lineage["expires_at"] is None else ("not yet" if known else "no nodes")
 
 

@@ -1,6 +1,7 @@
 """A fleet, whole: a control plane, Pebble, agents with real HAProxies on machines of their own."""
 
 import json
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,16 +32,24 @@ def test_a_fleet_serves_and_swaps(fleet: Fleet) -> None:
     box = fleet.box
     with (
         fleet.machine("gw1") as one, fleet.machine("gw2") as two, fleet.control_plane(),
-        one.agent("--enroll", fleet.token("gw1")), two.agent("--enroll", fleet.token("gw2"), "--proxy", "nginx"),
+        one.agent("--enroll", fleet.token("gw1")),
+        two.agent("--enroll", fleet.token("gw2"), "--proxy", "nginx") as second,
     ):  # fmt: skip
         fleet.await_version(1, "gw1", "gw2", "box")
         fleet.await_served("shop.fleet.test")
         first = box.lineage("shop.fleet.test")["fingerprint_sha256"]
         shown = {one.shown("shop.fleet.test"), two.shown("shop.fleet.test")}
+        second.send_signal(signal.SIGSTOP)
+        waiting = box.json("renew", "shop.fleet.test", "--force", "--timeout", "3")["renewed"][0]
+        status = box.run("status", "shop.fleet.test").stdout
+        second.send_signal(signal.SIGCONT)
+        fleet.await_served("shop.fleet.test")
         renewed = box.json("renew", "shop.fleet.test", "--force")["renewed"][0]
         shown_then = {one.shown("shop.fleet.test"), two.shown("shop.fleet.test")}
 
     assert shown == {first}
+    assert waiting["served"] is False
+    assert "issued, not yet served by: gw2: has not proved it yet" in " ".join(status.split())
     assert renewed["served"] is True
     assert shown_then == {renewed["fingerprint_sha256"]} != shown
 
