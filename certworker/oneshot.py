@@ -17,8 +17,8 @@ from importlib.metadata import version
 from typing import Any
 
 from certworker import parts, wiring
+from certworker.embedded import EmbeddedNode
 from certworker.errors import DatabaseHeld
-from certworker.service import EmbeddedNode
 from certworker.steps.crew import Crew
 from certworker.steps.deliver import Scopes
 from certworker.steps.expire import expire
