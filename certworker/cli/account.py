@@ -42,7 +42,7 @@ def list_(ctx: click.Context, as_json: bool) -> None:
     app = wiring.open_app(settings_of(ctx))
     found, now = app.db.read(accounts.list_all), app.clock()
     app.close()
-    documents = [_document(one, now) for one in found]
+    documents = [describe(one, now) for one in found]
     if as_json:
         print_json(documents)
         return
@@ -140,11 +140,12 @@ def _tell(used: Accounts, done: StoredAccount, outcome: str, line: str, *, as_js
         click.echo(f"account {done.account_url} at {done.directory_url} {line}")
         return
     found = used.db.read(accounts.list_all)
-    (document,) = (_document(one, used.clock()) for one in found if one.account.id == done.id)
+    (document,) = (describe(one, used.clock()) for one in found if one.account.id == done.id)
     print_json({"outcome": outcome, **document})
 
 
-def _document(one: Listed, now: datetime) -> dict[str, Any]:
+def describe(one: Listed, now: datetime) -> dict[str, Any]:
+    """Return what `account list --json` prints of one account."""
     stored = one.account
     return {
         "id": stored.id, "directory_url": clean_text(stored.directory_url, _SHOWN),

@@ -15,8 +15,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 
 
 def print_json(document: object) -> None:
-    """Print one JSON document; instants as ISO 8601."""
-    click.echo(json.dumps(document, indent=2, default=_plain, ensure_ascii=False))
+    """Print one JSON document."""
+    click.echo(to_json(document))
+
+
+def to_json(document: object) -> str:
+    """Return a document as it is printed; instants as ISO 8601."""
+    return json.dumps(document, indent=2, default=_plain, ensure_ascii=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

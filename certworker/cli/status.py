@@ -32,7 +32,7 @@ def status(ctx: click.Context, name: str | None, as_json: bool) -> None:
     settings = settings_of(ctx)
     wanted = None if name is None else check_name(name, private_ca=True, wildcard=True)
     app = wiring.open_app(settings)
-    document = app.db.read(lambda tx: _document(tx, app, wanted))
+    document = app.db.read(lambda tx: describe(tx, app, wanted))
     app.close()
     if wanted is not None and not document["lineages"] and not document["policies"]:
         raise UnknownName(f"name {name!r}: no policy wants it; see `certworker policy list`")
@@ -42,7 +42,8 @@ def status(ctx: click.Context, name: str | None, as_json: bool) -> None:
         _print(document)
 
 
-def _document(tx: Transaction, app: App, name: str | None) -> dict[str, Any]:
+def describe(tx: Transaction, app: App, name: str | None = None) -> dict[str, Any]:
+    """Return what `status --json` prints; with `name` only what has to do with it."""
     found = policies.list_all(tx, limit=_MOST) if name is None else policies.wanting(tx, name)
     live = nodes.live(tx, app.settings.node_silent)
     live_names = {node.node_id for node in live}

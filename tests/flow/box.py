@@ -17,7 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
+from certworker.cli.output import to_json
 from certworker.cli.pebble import Pebble, free_ports
+from certworker.cli.status import describe
+from certworker.settings import load
+from certworker.wiring import open_app
 
 T = TypeVar("T")
 
@@ -124,12 +128,20 @@ class Box:
         lines = (self.folder / f"{name}.log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    def status(self) -> Any:
+        """Return what `certworker status --json` says, without starting it: who waits asks many times."""
+        app = open_app(load(self.environ))
+        try:
+            return json.loads(to_json(app.db.read(lambda tx: describe(tx, app))))
+        finally:
+            app.close()
+
     def lineage(self, dns_name: str) -> dict[str, Any]:
-        (found,) = self.json("status", dns_name)["lineages"]
+        (found,) = [one for one in self.status()["lineages"] if dns_name in one["names"]]
         return dict(found)
 
     def served(self, dns_name: str) -> bool:
-        found = [one for one in self.json("status")["lineages"] if dns_name in one["names"]]
+        found = [one for one in self.status()["lineages"] if dns_name in one["names"]]
         return bool(found) and all(one["served_at"] for one in found)
 
     # -- the outside ----------------------------------------------------------------------------------

@@ -18,8 +18,13 @@ import pytest
 from certworker.ca.client import Client
 from certworker.ca.keys import AccountKey
 from certworker.ca.transport import Transport
+from certworker.cli.account import describe
+from certworker.cli.output import to_json
 from certworker.cli.pebble import Pebble, free_ports
+from certworker.settings import load
+from certworker.store.accounts import list_all
 from certworker.store.seal import Sealer, read_kek
+from certworker.wiring import open_app
 from tests.chaos.proxy import FaultProxy, Hold
 from tests.conftest import PostgresServer
 
@@ -43,7 +48,7 @@ class Scene:
 
     def lineage(self, dns_name: str) -> dict[str, Any]:
         """Return what status says of a name; nothing while the service has not seen that it is wanted."""
-        found = [one for one in self.box.json("status")["lineages"] if dns_name in one["names"]]
+        found = [one for one in self.box.status()["lineages"] if dns_name in one["names"]]
         return dict(found[0]) if found else {}
 
     def query(self, statement: str) -> list[tuple[Any, ...]]:
@@ -55,9 +60,12 @@ class Scene:
             return database.execute(statement).fetchall()
 
     def account(self) -> dict[str, Any]:
-        """Return the account that is used, as it is listed."""
-        (used,) = [one for one in self.box.json("account", "list") if one["default"]]
-        return dict(used)
+        """Return the account that is used as `account list` says it, without starting that each time."""
+        app = open_app(load(self.box.environ))
+        listed = [describe(one, app.clock()) for one in app.db.read(list_all)]
+        app.close()
+        (used,) = [one for one in listed if one["default"]]
+        return dict(json.loads(to_json(used)))
 
     def row(self) -> dict[str, Any]:
         """Return what is stored of the account that is used."""

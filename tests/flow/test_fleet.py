@@ -30,6 +30,7 @@ def fleet(folder: Path, start_pebble: Callable[..., Pebble]) -> Fleet:
 def test_a_fleet_serves_and_swaps(fleet: Fleet) -> None:
     """Enrolled with a token, HAProxy and nginx serve what is issued; a renewal is served when all have proved it."""
     box = fleet.box
+    box.environ["CERTWORKER_NODE_SILENT_SECS"] = "60"  # the second node stays live while it is frozen
     with (
         fleet.machine("gw1") as one, fleet.machine("gw2") as two, fleet.control_plane(),
         one.agent("--enroll", fleet.token("gw1")),
@@ -71,7 +72,7 @@ def test_canary_first_and_a_refused_version_stops_there(fleet: Fleet) -> None:
                 fleet.await_version(3, "canary", "gw2")
             hold = box.json("status")["publish_hold"]
             apply(box, document)
-            until(lambda: box.json("status")["publish_hold"] is None)
+            until(lambda: box.status()["publish_hold"] is None)
         apply(box, changed)
         fleet.await_published(4)
         listed = box.json("node", "list")

@@ -137,7 +137,7 @@ def test_a_row_of_another_program_is_worked_on_while_the_service_runs(
                     (policy_id, json.dumps(names)),
                 )
         other.close()
-        until(lambda: box.json("status")["lineages"] and box.served("raw.flow.test"))
+        until(lambda: box.status()["lineages"] and box.served("raw.flow.test"))
         statuses = {policy["id"]: policy["status"] for policy in box.json("status")["policies"]}
 
     assert statuses == {good: "active", bad: "error"}
@@ -156,7 +156,7 @@ def test_two_workers_issue_each_certificate_once(
         listens = {key: other.environ[f"CERTWORKER_{key}"] for key in ("RESPONDER_LISTEN", "API_LISTEN")}
         with box.service(name="two", EMBEDDED_NODE="none", **listens):
             until(lambda: all(box.served(name) for name in names[:1] + names[-1:]), limit=90)
-            until(lambda: all(one["served_at"] for one in box.json("status")["lineages"]))
+            until(lambda: all(one["served_at"] for one in box.status()["lineages"]))
 
     assert len(ca.ledger()) == len(names)
     assert len(box.json("status")["lineages"]) == len(names)

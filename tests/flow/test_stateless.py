@@ -52,7 +52,7 @@ def test_a_version_that_the_proxy_refuses_is_rolled_back(folder: Path, start_peb
         before = box.json("status")["published"]["number"]
         box.configure("stays.flow.test", ports=[other.getsockname()[1]])
         until(lambda: any(event["event"] == "version.taken_back" for event in box.log()), limit=60)
-        until(lambda: box.json("status")["nodes"][0]["version"] == before + 2, limit=60)
+        until(lambda: box.status()["nodes"][0]["version"] == before + 2, limit=60)
         shown = box.json("status")
         versions = {one["number"]: one for one in box.json("config", "versions")}
         answer = box.get("stays.flow.test", ca.root_pem())

@@ -83,7 +83,7 @@ def test_renew_takes_the_place_of_a_service_that_dies(folder: Path, start_pebble
             [sys.executable, "-m", "certworker", "renew", "heir.flow.test", "--force", "--timeout", "60"],
             env=box.environ, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        until(lambda: box.json("status", "heir.flow.test")["lineages"][0]["issuance"] == "queued")
+        until(lambda: box.lineage("heir.flow.test")["issuance"] == "queued")
         assert renewing.poll() is None
         process.kill()
         process.wait()
@@ -108,7 +108,7 @@ def test_interrupting_a_renewal_keeps_what_was_asked(folder: Path, start_pebble:
         [sys.executable, "-m", "certworker", "renew"], env=box.environ, cwd=folder,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0,
     )  # fmt: skip
-    until(lambda: [one["issuance"] for one in box.json("status")["lineages"]] == ["validating"])
+    until(lambda: [one["issuance"] for one in box.status()["lineages"]] == ["validating"])
     renewing.send_signal(signal.SIGINT)
     assert renewing.wait(60) == 130
     assert masters(box) == []
