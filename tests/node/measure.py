@@ -29,8 +29,8 @@ KEPT = 3
 """Clients of each listener that keep their connection."""
 
 
-def say(kind: str, **figures: object) -> None:
-    print(json.dumps({"proxy": kind} | figures), flush=True)
+def say(node: Node, **figures: object) -> None:
+    print(json.dumps({"proxy": node.proxy.describe()} | figures), flush=True)
 
 
 def seconds(act: Callable[[], object]) -> float:
@@ -53,7 +53,9 @@ def proportional_set(pid: int) -> float:
 
 @contextmanager
 def make_node(kind: str) -> Iterator[Node]:
-    binary = shutil.which(kind, path=f"{os.environ['PATH']}:/usr/sbin")
+    binary = os.environ.get(f"CERTWORKER_{kind.upper()}_BIN") or shutil.which(
+        kind, path=f"{os.environ['PATH']}:/usr/sbin"
+    )
     path = Path(mkdtemp(prefix="certworker-measure-"))
     node = Node(path, kind, Path(binary or kind))
     try:
@@ -83,14 +85,14 @@ def measure_certificates(kind: str, count: int, ports: Ports) -> None:
             node.source.put(authority.issue(0, "0.a.test"))
             swaps.append(seconds(lambda: sound_step(node)))
         say(
-            kind, certificates=count, start=start, swap=statistics.median(swaps), swap_worst=max(swaps),
+            node, certificates=count, start=start, swap=statistics.median(swaps), swap_worst=max(swaps),
             agent_mib=round(memory() - before, 1),
             agent_peak_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 1),
             workers_mib=round(sum(map(proportional_set, node.workers())), 1),
         )  # fmt: skip
         node.agent.close()
         node.start_agent()
-        say(kind, certificates=count, agent_restart=seconds(lambda: sound_step(node)))
+        say(node, certificates=count, agent_restart=seconds(lambda: sound_step(node)))
 
 
 @contextmanager
@@ -120,12 +122,12 @@ def make_loaded(kind: str, ports: Ports) -> Iterator[tuple[Node, Gateway, list[L
     upstream.stop()
 
 
-def say_load(kind: str, node: Node, fresh: list[Load], kept: list[KeptLoad], **figures: object) -> None:
+def say_load(node: Node, fresh: list[Load], kept: list[KeptLoad], **figures: object) -> None:
     """Print what became of all requests, and end with an error where none was to fail."""
     faults = [fault for load in (*fresh, *kept) for fault in load.faults]
     again = sum(load.again for load in kept)
     say(
-        kind, **figures, requests=sum(load.answers for load in fresh), failed=len(faults), first_faults=faults[:3],
+        node, **figures, requests=sum(load.answers for load in fresh), failed=len(faults), first_faults=faults[:3],
         kept_requests=sum(load.answers for load in kept), kept_connections=sum(load.connections for load in kept),
         kept_sent_again=again,
     )  # fmt: skip
@@ -141,7 +143,7 @@ def measure_publishes(kind: str, ports: Ports) -> None:
             node.source.publish(gateway.snapshot())
             times.append(seconds(lambda: sound_step(node)))
     say_load(
-        kind, node, fresh, kept, publishes=PUBLISHES, publish=statistics.median(times), publish_worst=max(times)
+        node, fresh, kept, publishes=PUBLISHES, publish=statistics.median(times), publish_worst=max(times)
     )  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def measure_swaps(kind: str, ports: Ports) -> None:
         for _ in range(PUBLISHES):
             node.source.put(authority.issue(0, "a.test"))
             times.append(seconds(lambda: sound_step(node)))
-    say_load(kind, node, fresh, kept, swaps=PUBLISHES, swap=statistics.median(times), swap_worst=max(times))
+    say_load(node, fresh, kept, swaps=PUBLISHES, swap=statistics.median(times), swap_worst=max(times))
 
 
 def measure_quiet_publish(kind: str, ports: Ports) -> None:
@@ -165,7 +167,7 @@ def measure_quiet_publish(kind: str, ports: Ports) -> None:
             gateway.route(listener, pool, path={"exact": f"/{number}"})
             node.source.publish(gateway.snapshot())
             times.append(seconds(lambda: sound_step(node)))
-        say(kind, first_publish=times[0], publish_without_load=statistics.median(times[1:]))
+        say(node, first_publish=times[0], publish_without_load=statistics.median(times[1:]))
 
 
 def main() -> None:
