@@ -19,6 +19,8 @@ from certworker.node.agent import Agent
 from certworker.node.apply import Proxy
 from certworker.node.folder import Folder
 from certworker.node.haproxy import Haproxy, HaproxySetup
+from certworker.node.included import COMMAND_PATH, Commands, HaproxyDialect, Included, NginxDialect
+from certworker.node.lookup import Lookup
 from certworker.node.loop import Loop
 from certworker.node.membership import take_membership
 from certworker.node.nginx import Nginx, NginxSetup
@@ -54,9 +56,24 @@ def _enrol(endpoint: Endpoint, request: EnrolRequest) -> str:
 
 
 def make_proxy(name: str, settings: Settings, folder: Folder, patience: Patience) -> Proxy:
-    """Return the proxy of this machine that works in `folder`, as it is or not running yet."""
+    """Return the proxy of this machine that works in `folder`, as it is or not running yet.
+
+    With PROXY_RELOAD it is the operator's own, which includes what lies there.
+    """
+    if settings.proxy_reload is not None:
+        return _make_included(name, settings.proxy_reload, settings.proxy_check, folder, patience)
     make = _make_haproxy if name == "haproxy" else _make_nginx
     return make(settings, folder, patience)
+
+
+def _make_included(
+    name: str, reload: tuple[str, ...], check: tuple[str, ...] | None, folder: Folder, patience: Patience
+) -> Proxy:
+    for setting, command in (("PROXY_RELOAD", reload), ("PROXY_CHECK", check)):
+        if command is not None and shutil.which(command[0], path=COMMAND_PATH) is None:
+            raise SettingsError(f"{setting}: there is no program {command[0]!r}, give its whole path")
+    dialect = HaproxyDialect(folder) if name == "haproxy" else NginxDialect(folder, Lookup(patience))
+    return Included(folder, dialect, Commands(reload, check or ()), patience)
 
 
 def _make_haproxy(settings: Settings, folder: Folder, patience: Patience) -> Proxy:

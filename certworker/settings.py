@@ -6,6 +6,7 @@ at the environment.
 
 import os
 import re
+import shlex
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -78,6 +79,21 @@ def _addresses(value: object) -> object:
     return parts
 
 
+def read_command(value: object) -> tuple[str, ...]:
+    """Return the words of a command line, as a shell would split it, or raise `ValueError`."""
+    try:
+        words = shlex.split(value) if isinstance(value, str) else []
+    except ValueError:  # a quotation without its end
+        words = []
+    if not words or not words[0] or "\0" in "".join(words):
+        raise ValueError("must be a command line; it is run without a shell")
+    return tuple(words)
+
+
+def _command(value: object) -> tuple[str, ...] | None:
+    return None if value is None else read_command(value)
+
+
 def _https(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme != "https" or not parts.hostname or parts.username or parts.password:
@@ -146,6 +162,8 @@ class Settings(BaseModel):
     embedded_node: Literal["none", "haproxy", "nginx"] = "none"
     haproxy_bin: File | None = None
     nginx_bin: File | None = None
+    proxy_reload: Annotated[tuple[str, ...] | None, PlainValidator(_command)] = None
+    proxy_check: Annotated[tuple[str, ...] | None, PlainValidator(_command)] = None
     node_name: Annotated[str, Field(min_length=1, max_length=253), AfterValidator(_printable)] = Field(
         default_factory=socket.gethostname
     )
@@ -233,6 +251,8 @@ def _disagreements(values: Mapping[str, Any]) -> list[str]:
     faults = []
     if (values.get("acme_eab_kid") is None) != (values.get("acme_eab_hmac_key") is None):
         faults.append("ACME_EAB_KID and ACME_EAB_HMAC_KEY belong together: set both or none")
+    if values.get("proxy_check") and not values.get("proxy_reload"):
+        faults.append("PROXY_CHECK is for a proxy of your own: set PROXY_RELOAD too")
     try:
         interval = int(values.get("health_check_interval_secs", 10))
         timeout = int(values.get("health_check_timeout_ms", 2000))

@@ -17,7 +17,7 @@ from pathlib import Path
 from certworker.core.rollout import CertificateChanges, Heartbeat
 from certworker.core.snapshot import check_host
 from certworker.errors import CheckRefused, CommandRefused, NodeError, PairRefused
-from certworker.node.apply import Proxy, challenge_ports, expect, plan_lists, stage_version, switch_version
+from certworker.node.apply import Proxy, challenge_ports, expect, hand_over, plan_lists, stage_version, switch_version
 from certworker.node.control import PublishedVersion, Source
 from certworker.node.folder import Folder
 from certworker.node.pairs import render_pair
@@ -119,7 +119,7 @@ class Agent:
         differs = (not self._settled or self._proxy.is_outdated()) and self._restore_files(version)
         if not self._proxy.running():
             self._proxy.start()
-        elif differs or self._proxy.served_number() != version.number:
+        elif differs or self._proxy.why_not_served(version.number) is not None:
             self._proxy.reload()
         self._settled = True
 
@@ -264,15 +264,22 @@ class Agent:
         try:
             self._keep(self._apply(published, old))
         except NodeError as refused:
-            self._refused = published.id, str(refused)
             self._warnings = remarks
+            if not self._proxy.managed:
+                # The trouble may be of the operator's own files, and has nothing to do with the version.
+                self._proxy.write_lists(plan_lists(self._state))
+                raise
+            self._refused = published.id, str(refused)
         else:
             self._refused = None
 
     def _apply(self, published: PublishedVersion, old: PublishedVersion | None) -> State:
         staged = stage_version(self._folder, self._proxy, published)
         wanted = self._screen(replace(self._state, version=published), staged)
-        switch_version(self._folder, self._proxy, published, old, lambda: self._verify(wanted))
+        if self._proxy.managed:
+            switch_version(self._folder, self._proxy, published, old, lambda: self._verify(wanted))
+        else:
+            hand_over(self._folder, self._proxy, published, old)
         self._settled = True
         proved = self._prove(wanted, wanted.held.keys() - self._shown(self._state))
         return self._prove_answers(proved, wanted.thumbprints.keys())
@@ -308,8 +315,9 @@ class Agent:
 
     def _heartbeat(self, troubles: list[str]) -> Heartbeat:
         served = self._state.version
-        if served is not None and self._proxy.served_number() != served.number:
+        if served is not None and (why := self._proxy.why_not_served(served.number)) is not None:
             served = None
+            troubles = [*troubles, why]
         if self._refused is not None:
             troubles = [self._refused[1], *troubles]
         unserved, unanswered = self._unserved(served), self._state.unanswered
@@ -338,7 +346,9 @@ class Agent:
         nowhere = {
             name: why for name, one in held.items() if name not in listed and not answered.issuperset(one.dns_names)
         }
-        return {**nowhere, **self._state.unproved, **self._state.refused}
+        hint = f"; {self._proxy.hint}" if self._proxy.hint else ""
+        unproved = {name: f"{why}{hint}" for name, why in self._state.unproved.items()}
+        return {**nowhere, **unproved, **self._state.refused}
 
 
 def _first(told: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,13 @@ from certworker.render.files import RenderedFiles, ServedFile
 class Proxy(Protocol):
     """What an agent needs of a proxy, whichever it is."""
 
+    managed: bool
+    """Whether its process and all of its configuration are ours, and not the operator's."""
+
+    @property
+    def hint(self) -> str:
+        """What a person can check when a certificate is not shown; empty if nobody but us configures the proxy."""
+
     def describe(self) -> str:
         """Return its name and version."""
 
@@ -49,8 +56,8 @@ class Proxy(Protocol):
     def reload(self) -> None: ...
     def stop(self) -> None: ...
 
-    def served_number(self) -> int | None:
-        """Return the number of the version that the running proxy has taken over."""
+    def why_not_served(self, number: int) -> str | None:
+        """Say why the running proxy is not known to have taken version `number` over; None: it has."""
 
     def serves(self, lists: Lists) -> bool:
         """Say whether the running proxy has exactly these lists."""
@@ -136,8 +143,8 @@ def _switch(folder: Folder, proxy: Proxy, version: PublishedVersion) -> None:
         proxy.reload()
     else:
         proxy.start()
-    if (number := proxy.served_number()) != version.number:
-        raise NodeError(f"the proxy runs version {number}")
+    if (why := proxy.why_not_served(version.number)) is not None:
+        raise NodeError(why)
 
 
 def _back(folder: Folder, proxy: Proxy, old: PublishedVersion | None, was_running: bool) -> str:
@@ -153,6 +160,19 @@ def _back(folder: Folder, proxy: Proxy, old: PublishedVersion | None, was_runnin
     except NodeError as refused:
         return f"nor could version {old.number} be restored: {refused}"
     return f"version {old.number} is served"
+
+
+def hand_over(folder: Folder, proxy: Proxy, new: PublishedVersion, old: PublishedVersion | None) -> None:
+    """Make an operator's own proxy read the staged and checked `new`, or raise `VersionRefused` with `old` back.
+
+    Its ports are not ours to try, and what it shows is proved afterwards: its configuration may not name our files yet.
+    """
+    folder.point_at(new.folder_name)
+    try:
+        proxy.reload()
+    except NodeError as refused:
+        folder.point_at(None if old is None else old.folder_name)
+        raise VersionRefused(f"version {new.number} is not served: {refused}") from refused
 
 
 def _ports(version: PublishedVersion | None) -> set[int]:

@@ -8,6 +8,11 @@
     state.json, lock        the agent's memory; one agent at a time
     addresses.json          what names of upstreams resolved to, for nginx
 
+Where the proxy is the operator's own, there is one more symlink, and sets of files instead of the lists:
+
+    lists/<digest>/         one set of files for a proxy to include, immutable
+    include -> lists/…      swapped by one rename
+
 Every file is written beside its place, flushed, and renamed: a crash leaves the old or the new one.
 """
 
@@ -56,6 +61,7 @@ class Folder:
             self.path / name for name in ("certs", "lists", "versions", "run")
         )
         self.current = self.path / "current"
+        self.include = self.path / "include"
         self.state_path = self.path / "state.json"
         self._lock: BinaryIO | None = None
         if len(str(self.run / "master.sock")) > _MAX_SOCKET_PATH:
@@ -118,11 +124,44 @@ class Folder:
         if name is None:
             self.current.unlink(missing_ok=True)
             return
-        beside = self.path / ".current.tmp"
+        self._link(self.current, Path("versions") / name)
+
+    def _link(self, link: Path, target: Path) -> None:
+        beside = link.with_name(f".{link.name}.tmp")
         beside.unlink(missing_ok=True)
-        beside.symlink_to(Path("versions") / name)
-        beside.replace(self.current)
+        beside.symlink_to(target)
+        beside.replace(link)
         _flush_folder(self.path)
+
+    def write_set(self, name: str, files: Mapping[str, bytes], pairs: Collection[str]) -> None:
+        """Write a set of files to be included, unless it is there, with links to the `pairs` that it names.
+
+        So it stays whole, whatever becomes of a certificate that only an older set answers with.
+        """
+        folder, beside = self.lists / name, self.lists / f"{name}.tmp"
+        if folder.is_dir():
+            return
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(mode=0o700)
+        for file, content in files.items():
+            write_file(beside / file, content.replace(f"{self.certs}/".encode(), f"{folder}/".encode()))
+        for pair in pairs:
+            (beside / Path(pair).name).hardlink_to(pair)
+        _flush_folder(beside)
+        beside.rename(folder)
+        _flush_folder(self.lists)
+
+    def include_set(self, name: str) -> None:
+        """Make this set the one that is included."""
+        if name != self.included_set():
+            self._link(self.include, Path("lists") / name)
+
+    def included_set(self) -> str | None:
+        """Return which set is included, None before the first one."""
+        try:
+            return self.include.readlink().name
+        except FileNotFoundError:
+            return None
 
     def collect(self, keep: Mapping[Path, Collection[str]]) -> None:
         """Remove everything in the given folders that is not named there."""

@@ -71,6 +71,9 @@ class Processes:
 class Haproxy:
     """The HAProxy of one folder, running or not."""
 
+    managed = True
+    hint = ""
+
     def __init__(self, folder: Folder, setup: HaproxySetup, patience: Patience) -> None:
         self._folder = folder
         self._setup = setup
@@ -177,6 +180,11 @@ class Haproxy:
         except CommandRefused:
             return None
         return int(found["number"]) if found else None
+
+    def why_not_served(self, number: int) -> str | None:
+        """Say what it runs instead of version `number`; None: it runs that."""
+        shown = self.served_number()
+        return None if shown == number else f"the proxy runs version {shown}"
 
     def serves(self, lists: Lists) -> bool:
         """Say whether the running process has exactly these crt-lists and this map."""

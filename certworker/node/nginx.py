@@ -14,7 +14,6 @@ import re
 import resource
 import signal
 import socket
-import ssl
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,7 +22,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from certworker.core.snapshot import Snapshot
-from certworker.errors import CheckRefused, CommandRefused, NodeError, PairRefused, ReloadRefused
+from certworker.errors import CheckRefused, CommandRefused, NodeError, ReloadRefused
 from certworker.node.folder import Folder, write_file
 from certworker.node.lookup import Lookup
 from certworker.node.machine import (
@@ -36,6 +35,7 @@ from certworker.node.machine import (
     in_one_line,
     list_processes,
 )
+from certworker.node.pairs import load_pair
 from certworker.node.patience import Patience
 from certworker.node.state import Lists
 from certworker.render.files import RenderedFiles, names_to_resolve
@@ -111,6 +111,9 @@ class Mark:
 class Nginx:
     """The nginx of one folder, running or not."""
 
+    managed = True
+    hint = ""
+
     def __init__(self, folder: Folder, setup: NginxSetup, patience: Patience, lookup: Lookup | None = None) -> None:
         self._folder = folder
         self._setup = setup
@@ -183,7 +186,7 @@ class Nginx:
     def _print_lists(self, lists: Lists) -> dict[str, bytes]:
         files: dict[str, bytes] = {}
         for policy_id, served in lists.certificates.items():
-            files |= render_certificates(policy_id, served, {line.file: _read_pair(line.file) for line in served})
+            files |= render_certificates(policy_id, served, {line.file: read_pair(line.file) for line in served})
         if lists.thumbprints is not None:
             files[THUMBPRINTS] = render_thumbprints(lists.thumbprints)
         return files
@@ -195,10 +198,7 @@ class Nginx:
 
     def check_pair(self, file: str) -> None:
         """Let OpenSSL load a certificate's file, or raise `PairRefused`; nginx does that in a handshake only."""
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
-        except ssl.SSLError as refused:
-            raise PairRefused(f"OpenSSL refuses it: is its key or signature too weak? {refused.reason}") from None
+        load_pair(file)
 
     def check(self, version: Path) -> tuple[str, ...]:
         """Return nginx's own remarks on a version's folder, or raise `CheckRefused`."""
@@ -268,6 +268,11 @@ class Nginx:
         mark = self._mark()
         return mark.number if mark else None
 
+    def why_not_served(self, number: int) -> str | None:
+        """Say what it runs instead of version `number`; None: it runs that."""
+        shown = self.served_number()
+        return None if shown == number else f"the proxy runs version {shown}"
+
     def serves(self, lists: Lists) -> bool:
         """Say whether the running process has read exactly these lists."""
         mark = self._mark()
@@ -311,7 +316,8 @@ def _load_addresses(path: Path) -> dict[str, tuple[str, ...]]:
     return {host: addresses for host, addresses in found.items() if addresses}
 
 
-def _read_pair(file: str) -> PairText:
+def read_pair(file: str) -> PairText:
+    """Return what a certificate's file holds."""
     chain, begin, key = Path(file).read_text(encoding="ascii").partition(_KEY)
     return PairText(chain, begin + key)
 

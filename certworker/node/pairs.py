@@ -6,6 +6,7 @@ proxy. Sources: RFC 9525 §6.3 (names), RFC 7468 (PEM).
 
 import hashlib
 import re
+import ssl
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -48,6 +49,14 @@ def render_pair(certificate: NodeCertificate) -> bytes:
         # HAProxy's socket ends a payload at a blank line, and runs the rest as commands.
         raise _refusal(certificate, "its PEM has a blank line")
     return pem
+
+
+def load_pair(file: str) -> None:
+    """Let OpenSSL load a file of `render_pair` as a proxy would, or raise `PairRefused`."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
+    except ssl.SSLError as refused:
+        raise PairRefused(f"OpenSSL refuses it: is its key or signature too weak? {refused.reason}") from None
 
 
 def _public_bytes(key: object) -> bytes:

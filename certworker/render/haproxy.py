@@ -31,8 +31,10 @@ _CHALLENGE_PATTERN = r"^/\.well-known/acme-challenge/[A-Za-z0-9_-]{22,128}$"
 """A token has at least 128 bits, in base64url (RFC 8555 §8.3)."""
 _END = r"\z"
 """The end of a path. `$` would let a newline stand behind it (PCRE2, pcre2pattern(3) "Circumflex and dollar")."""
+SET_HOST = "    http-request set-var(txn.host) 'req.hdr(host),host_only,lower,rtrim(.)'"
 _RESPONDER = "acme_responder"
 _NO_ROUTE = "no_route"
+_RESOLVERS = "system"
 
 # A node that is told to reload must not keep old workers for days because of one websocket.
 _HARD_STOP = "30m"
@@ -91,11 +93,11 @@ def _config(snapshot: Snapshot, options: HaproxyOptions) -> Iterator[str]:
     yield from _global(options)
     yield from _defaults()
     if names_to_resolve(snapshot):
-        yield from ("", "resolvers system", "    parse-resolv-conf")
+        yield from ("", f"resolvers {_RESOLVERS}", "    parse-resolv-conf")
     for listener in snapshot.listeners:
         yield ""
         yield from _tcp_frontend(listener, options) if listener.passes_bytes else _http_frontend(listener, options)
-    yield from ("", *_responder_backend(snapshot.responders))
+    yield from ("", f"backend {_RESPONDER}", *responder_servers(snapshot.responders))
     yield from ("", f"backend {_NO_ROUTE}")
     yield "    http-request return status 404 content-type 'text/plain' string 'no route'"
     yield from _backends(snapshot)
@@ -164,8 +166,9 @@ def _tcp_frontend(listener: Listener, options: HaproxyOptions) -> Iterator[str]:
 def _http_frontend(listener: Listener, options: HaproxyOptions) -> Iterator[str]:
     yield f"frontend L_{listener.id}"
     yield _bind(listener, options)
-    yield "    http-request set-var(txn.host) 'req.hdr(host),host_only,lower,rtrim(.)'"
-    yield from _challenge_route(listener, options)
+    yield SET_HOST
+    stateless = listener.challenge == "stateless"
+    yield from challenge_rules(thumbprints_path(options.folder) if stateless else None)
     # Set, not appended: what a client claims about itself is not passed on.
     yield "    http-request set-header X-Forwarded-For %[src]"
     yield f"    http-request set-header X-Forwarded-Proto {listener.protocol}"
@@ -178,10 +181,11 @@ def _http_frontend(listener: Listener, options: HaproxyOptions) -> Iterator[str]
     yield f"    default_backend {_NO_ROUTE}"
 
 
-def _challenge_route(listener: Listener, options: HaproxyOptions) -> Iterator[str]:
-    """Answer HTTP-01, or stop what only looks like it, so that the rest can go to the responders (RFC 8555 §8.3).
+def challenge_rules(thumbprints: str | None) -> Iterator[str]:
+    """Answer HTTP-01 from a map, or stop what only looks like it, so that the rest can go to the responders.
 
-    HAProxy runs every http-request rule before any use_backend; of these the challenge's is first.
+    `thumbprints` is the map's path, None where the responders answer (RFC 8555 §8.3). HAProxy runs every
+    http-request rule before any use_backend; of these the challenge's is first.
     """
     yield f"    acl acme_path path -m beg -- {quote(CHALLENGE_PATH)}"
     yield f"    acl acme_token path -m reg -- {quote(_CHALLENGE_PATTERN)}"
@@ -191,8 +195,8 @@ def _challenge_route(listener: Listener, options: HaproxyOptions) -> Iterator[st
         " if acme_path !{ method GET HEAD }"
     )
     yield f"    http-request return status 404 {plain} string 'no such challenge' if acme_path !acme_token"
-    if listener.challenge == "stateless":
-        yield from _stateless_answer(thumbprints_path(options.folder), plain)
+    if thumbprints is not None:
+        yield from _stateless_answer(thumbprints, plain)
 
 
 def _stateless_answer(thumbprints: str, plain: str) -> Iterator[str]:
@@ -278,13 +282,12 @@ def _health_check(check: HealthCheck) -> Iterator[str]:
     yield f"    default-server inter {_ms(check.interval)} fall 2 rise 1"
 
 
-def _responder_backend(responders: Iterable[Responder]) -> Iterator[str]:
+def responder_servers(responders: Iterable[Responder], resolvers: str = _RESOLVERS) -> Iterator[str]:
     """Try one responder after the other. Any of them can answer any challenge.
 
     They are not checked: one that has just started, for a single renewal, has to be reached at once.
     """
-    servers = [_server(f"r{number}", responder, "") for number, responder in enumerate(responders, start=1)]
-    yield f"backend {_RESPONDER}"
+    servers = [_server(f"r{number}", one, "", resolvers) for number, one in enumerate(responders, start=1)]
     yield "    balance roundrobin"
     yield f"    retries {max(2, len(servers))}"
     yield "    timeout connect 1s"
@@ -292,10 +295,10 @@ def _responder_backend(responders: Iterable[Responder]) -> Iterator[str]:
     yield from servers
 
 
-def _server(name: str, target: Target | Responder, settings: str) -> str:
+def _server(name: str, target: Target | Responder, settings: str, resolvers: str = _RESOLVERS) -> str:
     host = f"[{target.host}]" if ":" in target.host else target.host
     # A name is looked up while running: one that does not resolve must not stop the whole proxy.
-    lookup = " resolvers system init-addr none" if is_name(target.host) else ""
+    lookup = f" resolvers {resolvers} init-addr none" if is_name(target.host) else ""
     return f"    server {name} {host}:{target.port}{settings}{lookup}"
 
 

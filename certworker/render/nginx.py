@@ -13,7 +13,7 @@ modules; RFC 8555 §8.3 (HTTP-01); RFC 9112 §3.2.2 (Host).
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import chain
@@ -77,7 +77,7 @@ def render_nginx(snapshot: Snapshot, options: NginxOptions) -> RenderedFiles:
     """Print the configuration of one version. The lists that it includes are not part of it."""
     check_folder(options.folder)
     # A name may come to lead to a place that nobody would be let write down.
-    responders = _responder_sockets(snapshot.responders, options)
+    responders = responder_sockets(snapshot.responders, options.addresses)
     options = replace(options, reserved=(*options.reserved, *responders))
     text = "\n".join(_config(snapshot, options)) + "\n"
     return RenderedFiles({CONFIG: RenderedFile(text.encode("ascii"))})
@@ -92,7 +92,7 @@ def _config(snapshot: Snapshot, options: NginxOptions) -> Iterator[str]:
     yield "http {"
     yield from _indent(_http_settings(options))
     yield from _indent(_pools(snapshot, (listener for _, listener in others), options, ""))
-    yield from _indent(_responder_pool(snapshot.responders, options))
+    yield from _indent(responder_pool(responder_sockets(snapshot.responders, options.addresses)))
     if any(listener.challenge == "stateless" for _, listener in others):
         yield from _indent(_included_map("$host", "$acme_thumbprint", f"{options.folder}/lists/{THUMBPRINTS}"))
     policies = {listener.tls_policy_id for _, listener in others if listener.protocol == "https"}
@@ -114,14 +114,15 @@ def _indent(lines: Iterable[str]) -> Iterator[str]:
     return (f"    {line}" for line in lines)
 
 
-def _block(head: str, lines: Iterable[str]) -> Iterator[str]:
+def block(head: str, lines: Iterable[str]) -> Iterator[str]:
+    """Print a block with its lines."""
     yield f"{head} {{"
     yield from _indent(lines)
     yield "}"
 
 
 def _included_map(source: str, result: str, path: str) -> Iterator[str]:
-    return _block(f"map {source} {result}", ['default "";', f"include {path};"])
+    return block(f"map {source} {result}", ['default "";', f"include {path};"])
 
 
 def _main(options: NginxOptions) -> Iterator[str]:
@@ -134,7 +135,7 @@ def _main(options: NginxOptions) -> Iterator[str]:
     # A node that is told to reload must not keep old workers for days because of one websocket.
     yield "worker_shutdown_timeout 30m;"
     yield f"worker_rlimit_nofile {2 * options.max_connections};"
-    yield from _block("events", [f"worker_connections {options.max_connections};"])
+    yield from block("events", [f"worker_connections {options.max_connections};"])
 
 
 def _http_settings(options: NginxOptions) -> Iterator[str]:
@@ -188,20 +189,25 @@ def _passing_on() -> Iterator[str]:
 
 
 def _request_maps() -> Iterator[str]:
-    yield from _block("map $http_upgrade $is_ws", ["default 0;", f"{quote('~*^websocket$')} 1;"])
-    yield from _block("map $is_ws $hop_connection", ["default close;", "1 upgrade;"])
-    yield from _block("map $is_ws $hop_upgrade", ['default "";', "1 websocket;"])
+    yield from block("map $http_upgrade $is_ws", ["default 0;", f"{quote('~*^websocket$')} 1;"])
+    yield from block("map $is_ws $hop_connection", ["default close;", "1 upgrade;"])
+    yield from block("map $is_ws $hop_upgrade", ['default "";', "1 websocket;"])
     port = quote(r"~(?<port>:[0-9]{1,5})\z")
-    yield from _block("map $http_host $host_port", ['default "";', f"{port} $port;"])
+    yield from block("map $http_host $host_port", ['default "";', f"{port} $port;"])
+    yield from challenge_maps()
+
+
+def challenge_maps() -> Iterator[str]:
+    """Tell what is a challenge from what only looks like one."""
     method = quote(r"~\A(?:GET|HEAD)\z")
-    yield from _block("map $request_method $acme_allow", ['default "GET, HEAD";', f'{method} "";'])
+    yield from block("map $request_method $acme_allow", ['default "GET, HEAD";', f'{method} "";'])
     # The path as it was sent: a token has nothing to be decoded. It has at least 128 bits (RFC 8555 §8.3).
     token = quote(rf"~\A{re.escape(CHALLENGE_PATH)}(?<token>[A-Za-z0-9_-]{{22,128}})(?:\?|\z)")
-    yield from _block("map $request_uri $acme_token", ['default "";', f"{token} $token;"])
+    yield from block("map $request_uri $acme_token", ['default "";', f"{token} $token;"])
 
 
 def _version_server(options: NginxOptions) -> Iterator[str]:
-    return _block(
+    return block(
         "server",
         [
             f"listen unix:{options.folder}/run/version.sock;",
@@ -221,17 +227,17 @@ def _http_listener(name: str, listener: Listener, snapshot: Snapshot, options: N
     yield from _route_map(name, listener.routes)
     locations = list(_locations(name, listener, snapshot, options))
     if listener.protocol == "http":
-        yield from _block("server", chain(_listens(listener, options), ['server_name "";'], locations))
+        yield from block("server", chain(_listens(listener, options), ['server_name "";'], locations))
         return
     old_http2 = " http2" if options.version < _HTTP2_DIRECTIVE else ""
     http2 = [] if old_http2 else ["http2 on;"]
     # An unknown name gets an alert, never another tenant's certificate; 421 is for a known name in the handshake
     # and an unknown one in the request (RFC 9110 §15.5.20).
     refusing = _listens(listener, options, f" ssl{old_http2} default_server")
-    yield from _block("server", chain(refusing, http2, ["server_name _;", "ssl_reject_handshake on;", "return 421;"]))
+    yield from block("server", chain(refusing, http2, ["server_name _;", "ssl_reject_handshake on;", "return 421;"]))
     serving = _listens(listener, options, f" ssl{old_http2}")
     named = [f"include {options.folder}/lists/{server_name(listener.tls_policy_id)};"]
-    yield from _block("server", chain(serving, http2, named, locations))
+    yield from block("server", chain(serving, http2, named, locations))
 
 
 def _route_map(name: str, routes: Iterable[Route]) -> Iterator[str]:
@@ -239,7 +245,7 @@ def _route_map(name: str, routes: Iterable[Route]) -> Iterator[str]:
     to a websocket, and the host, which has no slash in it.
     """
     rows = (f"{quote(_route_regex(route))} r{number};" for number, route in enumerate(routes, start=1))
-    return _block(f'map "$uri/$is_ws$host" ${name}_route', chain(["default none;"], rows))
+    return block(f'map "$uri/$is_ws$host" ${name}_route', chain(["default none;"], rows))
 
 
 def _route_regex(route: Route) -> str:
@@ -261,27 +267,28 @@ def _path_regex(path: PathMatch | None) -> str:
 
 def _locations(name: str, listener: Listener, snapshot: Snapshot, options: NginxOptions) -> Iterator[str]:
     # Away at once: a location that passes requests on would redirect those for its path without the last slash.
-    yield from _block(f"location ^~ {CHALLENGE_PATH}", ["rewrite ^ //acme last;"])
-    yield from _block("location = //acme", _challenge(listener, snapshot, options))
-    yield from _block("location /", [f"rewrite ^ //${name}_route last;"])
-    yield from _block("location = //none", ["internal;", 'return 404 "no route";'])
+    yield from block(f"location ^~ {CHALLENGE_PATH}", ["rewrite ^ //acme last;"])
+    sockets = responder_sockets(snapshot.responders, options.addresses)
+    yield from block("location = //acme", challenge_lines(None if listener.challenge == "stateless" else sockets))
+    yield from block("location /", [f"rewrite ^ //${name}_route last;"])
+    yield from block("location = //none", ["internal;", 'return 404 "no route";'])
     pools = {pool.id: pool for pool in snapshot.pools}
     for number, route in enumerate(listener.routes, start=1):
-        yield from _block(f"location = //r{number}", _location(route, pools[route.pool_id], options))
+        yield from block(f"location = //r{number}", _location(route, pools[route.pool_id], options))
 
 
-def _challenge(listener: Listener, snapshot: Snapshot, options: NginxOptions) -> Iterator[str]:
-    """Answer HTTP-01, or let what is a challenge go to the responders (RFC 8555 §8.3)."""
+def challenge_lines(sockets: Collection[str] | None) -> Iterator[str]:
+    """Answer HTTP-01 from a map, or let what is a challenge go to the responders' `sockets` (RFC 8555 §8.3)."""
     yield "internal;"
     yield "add_header Allow $acme_allow always;"
     yield "add_header Cache-Control no-store always;"
     yield "add_header X-Content-Type-Options nosniff always;"
     yield 'if ($acme_allow) { return 405 "GET or HEAD only"; }'
     yield 'if ($acme_token = "") { return 404 "no such challenge"; }'
-    if listener.challenge == "stateless":
+    if sockets is None:
         yield 'if ($acme_thumbprint = "") { return 404 "no such challenge"; }'
         yield 'return 200 "$acme_token.$acme_thumbprint";'
-    elif _responder_sockets(snapshot.responders, options):
+    elif sockets:
         yield "proxy_hide_header Cache-Control;"
         yield "proxy_connect_timeout 1s;"
         yield "proxy_read_timeout 10s;"
@@ -317,7 +324,7 @@ def _stream_server(listener: Listener, snapshot: Snapshot, options: NginxOptions
         ]
     else:
         lines.append('return "";')  # closes the connection
-    return _block("server", lines)
+    return block("server", lines)
 
 
 def _pools(snapshot: Snapshot, listeners: Iterable[Listener], options: NginxOptions, suffix: str) -> Iterator[str]:
@@ -326,7 +333,7 @@ def _pools(snapshot: Snapshot, listeners: Iterable[Listener], options: NginxOpti
     for pool in snapshot.pools:
         if pool.id in used and _has_servers(pool, options):
             name = f"P_{pool.id}{suffix}"
-            yield from _block(f"upstream {name}", _pool(name, pool, options))
+            yield from block(f"upstream {name}", _pool(name, pool, options))
 
 
 def _pool(name: str, pool: Pool, options: NginxOptions) -> Iterator[str]:
@@ -354,31 +361,31 @@ def _servers(pool: Pool, options: NginxOptions) -> Iterator[tuple[Target, str]]:
     reserved = Reserved(options.reserved)
     for target in pool.targets:
         if target.weight > 0 or pool.policy == "round_robin":
-            hosts = (host for host in _hosts(target, options) if not reserved.holds(host, target.port))
+            hosts = (host for host in _hosts(target, options.addresses) if not reserved.holds(host, target.port))
             yield from ((target, _socket(host, target.port)) for host in hosts)
 
 
-def _hosts(place: Target | Responder, options: NginxOptions) -> tuple[str, ...]:
-    return options.addresses.get(place.host, ()) if is_name(place.host) else (place.host,)
+def _hosts(place: Target | Responder, addresses: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return addresses.get(place.host, ()) if is_name(place.host) else (place.host,)
 
 
 def _socket(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _responder_sockets(responders: Iterable[Responder], options: NginxOptions) -> list[str]:
-    """Return as `host:port` where challenges are answered."""
-    return [_socket(host, one.port) for one in responders for host in _hosts(one, options)]
+def responder_sockets(responders: Iterable[Responder], addresses: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return as `host:port` where challenges are answered; `addresses` are those of names."""
+    return [_socket(host, one.port) for one in responders for host in _hosts(one, addresses)]
 
 
-def _responder_pool(responders: Iterable[Responder], options: NginxOptions) -> Iterator[str]:
+def responder_pool(sockets: Iterable[str]) -> Iterator[str]:
     """Try one responder after the other. Any of them can answer any challenge.
 
     None of them is ever left alone: one that has just started, for a single renewal, has to be reached at once.
     """
-    sockets = _responder_sockets(responders, options)
-    if sockets:
-        yield from _block(f"upstream {_RESPONDERS}", [f"server {socket} max_fails=0;" for socket in sockets])
+    servers = [f"server {socket} max_fails=0;" for socket in sockets]
+    if servers:
+        yield from block(f"upstream {_RESPONDERS}", servers)
 
 
 def _ms(duration: timedelta) -> str:

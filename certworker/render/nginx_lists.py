@@ -67,10 +67,21 @@ class PairText:
     key: str = field(repr=False)
 
 
-def render_certificates(
+@dataclass(frozen=True, slots=True)
+class CertificateLines:
+    """What nginx reads of one list."""
+
+    maps: str
+    """For `http`: from an SNI name to the parts of its certificate and key."""
+    names: str
+    certificate: str
+    """For a `server`: what answers, by these maps."""
+
+
+def print_certificates(
     policy_id: str | None, served: Iterable[ServedFile], pairs: Mapping[str, PairText]
-) -> Mapping[str, bytes]:
-    """Print the files of one list: which name is answered with which of the `pairs`, which go by file."""
+) -> CertificateLines:
+    """Print one list: which name is answered with which of the `pairs`, which go by file."""
     lines = sorted(served)
     prefix = f"$c_{(policy_id or ALL_POLICIES).replace('-', '')}"
     chains = [_parts(pairs[line.file].chain) for line in lines]
@@ -82,14 +93,21 @@ def render_certificates(
     ]
     # An empty name first: it matches no SNI, and a request without Host gets it as its `$host`.
     names = " ".join(chain(['""'], (_server_name(name) for line in lines for name in line.dns_names)))
-    server = [
-        f"server_name {names};",
-        f'ssl_certificate "data:{_joined(prefix, "chain", chains)}";',
-        f'ssl_certificate_key "data:{_joined(prefix, "key", keys)}";',
+    certificate = [
+        f'ssl_certificate "data:{_joined(prefix, "chain", chains)}";\n',
+        f'ssl_certificate_key "data:{_joined(prefix, "key", keys)}";\n',
     ]
+    return CertificateLines("".join(chain.from_iterable(maps)), f"server_name {names};\n", "".join(certificate))
+
+
+def render_certificates(
+    policy_id: str | None, served: Iterable[ServedFile], pairs: Mapping[str, PairText]
+) -> Mapping[str, bytes]:
+    """Print the files of one list, for a proxy of which all is ours."""
+    lines = print_certificates(policy_id, served, pairs)
     return {
-        maps_name(policy_id): "".join(chain.from_iterable(maps)).encode("ascii"),
-        server_name(policy_id): "".join(f"{line}\n" for line in server).encode("ascii"),
+        maps_name(policy_id): lines.maps.encode("ascii"),
+        server_name(policy_id): (lines.names + lines.certificate).encode("ascii"),
     }
 
 

@@ -1,0 +1,386 @@
+"""The operator's own HAProxy or nginx, which includes files of ours.
+
+Its configuration, its process and its routes are the operator's. We write whole sets of files, let one symlink say
+which of them is read, and have the operator's own commands check and reload. Which set the proxy has read it says
+itself where the challenge route is: below the path of challenges, to whoever asks from this machine.
+
+    include -> lists/<digest>       what the operator's configuration names; swapped by one rename
+    lists/<digest>/                 one set, complete: for HAProxy with links to the certificates
+    versions/<name>/snapshot.json   what a set is printed from
+
+A set that the check or the reload refuses gives way to the one before it. The first one has none before it and
+stays, because a proxy does not start without a file that its configuration names.
+
+Sources: systemctl(1) "reload", HAProxy 2.6 management guide §4, nginx's documentation "Controlling nginx".
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Protocol
+
+from certworker.core.snapshot import Snapshot, read_snapshot
+from certworker.errors import CheckRefused, CommandRefused, InputError, NodeError, ReloadRefused
+from certworker.node.folder import Folder
+from certworker.node.lookup import Lookup
+from certworker.node.machine import in_one_line
+from certworker.node.nginx import read_pair
+from certworker.node.pairs import load_pair
+from certworker.node.patience import Patience
+from certworker.node.probe import SETTLE_LIMIT, ask_challenge
+from certworker.node.state import Lists
+from certworker.render.files import CHALLENGE_PATH, RenderedFile, RenderedFiles, ServedFile, is_name
+from certworker.render.included import (
+    BACKEND,
+    MARK,
+    IncludedLists,
+    plain_listeners,
+    render_for_haproxy,
+    render_for_nginx,
+    render_haproxy_mark,
+    render_nginx_mark,
+)
+
+COMMAND_LIMIT = timedelta(minutes=2)
+"""For a command, and then for the proxy: 10,000 certificates take HAProxy 12 s with OpenSSL 3.0."""
+COMMAND_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""All that a command gets of an environment: ours may hold a database's password."""
+
+_SNAPSHOT = "snapshot.json"
+_MAX_SAID = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """How the operator's proxy is checked and told to reload; each is run as it stands, without a shell."""
+
+    reload: tuple[str, ...]
+    check: tuple[str, ...] = ()
+    """None if empty."""
+    limit: timedelta = COMMAND_LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """How a command did not end well."""
+
+    why: str
+    said: str
+    """Its whole output, as far as it was read."""
+
+
+class Dialect(Protocol):
+    """What differs between the proxies."""
+
+    name: str
+
+    links_pairs: bool
+    """Whether it reads certificates from files of their own."""
+
+    def print_set(self, snapshot: Snapshot, lists: IncludedLists) -> dict[str, bytes]:
+        """Return the files of a set by name."""
+
+    def print_mark(self, digest: str) -> dict[str, bytes]:
+        """Return the file that lets the proxy say which set it has read."""
+
+    def is_outdated(self) -> bool:
+        """Say whether `print_set` would print something else now for the same values."""
+
+    @property
+    def hint(self) -> str:
+        """What to look at where another certificate is shown."""
+
+    @property
+    def route_hint(self) -> str:
+        """What to look at where the challenge route is not there."""
+
+
+class HaproxyDialect:
+    """HAProxy: a backend for challenges, and crt-lists."""
+
+    name = "haproxy"
+    links_pairs = True
+
+    def __init__(self, folder: Folder) -> None:
+        self._include = folder.include
+
+    def print_set(self, snapshot: Snapshot, lists: IncludedLists) -> dict[str, bytes]:
+        return render_for_haproxy(snapshot, lists, str(self._include))
+
+    def print_mark(self, digest: str) -> dict[str, bytes]:
+        return render_haproxy_mark(digest)
+
+    def is_outdated(self) -> bool:
+        return False  # HAProxy looks names up by itself
+
+    @property
+    def hint(self) -> str:
+        return f"does the bind line of that port name its crt-list in {self._include}?"
+
+    @property
+    def route_hint(self) -> str:
+        return (
+            f"does its frontend say `use_backend {BACKEND} if {{ path_beg {CHALLENGE_PATH} }}` and redirect that path "
+            f"nowhere, and is {self._include}/haproxy.cfg loaded with a -f of its own?"
+        )
+
+
+class NginxDialect:
+    """nginx: a location for challenges, and maps of certificates."""
+
+    name = "nginx"
+    links_pairs = False
+
+    def __init__(self, folder: Folder, lookup: Lookup) -> None:
+        self._include = folder.include
+        self._lookup = lookup
+        self._addresses: Mapping[str, tuple[str, ...]] = {}
+
+    def print_set(self, snapshot: Snapshot, lists: IncludedLists) -> dict[str, bytes]:
+        hosts = {responder.host for responder in snapshot.responders if is_name(responder.host)}
+        self._addresses = self._lookup.addresses(hosts)
+        pairs = {line.file: read_pair(line.file) for lines in lists.certificates.values() for line in lines}
+        return render_for_nginx(snapshot, lists, str(self._include), pairs, self._addresses)
+
+    def print_mark(self, digest: str) -> dict[str, bytes]:
+        return render_nginx_mark(digest)
+
+    def is_outdated(self) -> bool:
+        return self._lookup.addresses(self._addresses, timedelta()) != self._addresses
+
+    @property
+    def hint(self) -> str:
+        return f"does the server of that name on that port include its certificates.conf in {self._include}?"
+
+    @property
+    def route_hint(self) -> str:
+        return (
+            f"does its server include {self._include}/challenge.conf, and http {{ }} {self._include}/http.conf, and "
+            "does any redirect stand in a location of its own?"
+        )
+
+
+class Included:
+    """The operator's proxy, as far as it includes our files. A `node.apply.Proxy`."""
+
+    managed = False
+
+    def __init__(self, folder: Folder, dialect: Dialect, commands: Commands, patience: Patience) -> None:
+        self._folder = folder
+        self._dialect = dialect
+        self._commands = commands
+        self._patience = patience
+        self._lists = Lists()
+        self._told: str | None = None
+        """The set that the proxy was told to read last, with success."""
+        self._good = folder.included_set()
+        """The set to go back to: the last one that was taken over, or the one that was there at the start."""
+
+    def describe(self) -> str:
+        """Name it; what it is exactly is the operator's."""
+        return f"{self._dialect.name}, the operator's own"
+
+    @property
+    def hint(self) -> str:
+        return self._dialect.hint
+
+    def render(self, snapshot: Snapshot, number: int) -> RenderedFiles:
+        """Keep what sets are printed from. The number is no part of it: routes may change, and no file of ours does."""
+        if not plain_listeners(snapshot):
+            raise NodeError(
+                f"version {number} has no http listener: add one for the port on which a CA asks the operator's proxy"
+            )
+        return RenderedFiles({_SNAPSHOT: RenderedFile(snapshot.canonical())})
+
+    def is_outdated(self) -> bool:
+        return self._dialect.is_outdated()
+
+    def write_lists(self, lists: Lists) -> None:
+        """Remember what the next check or reload writes, together with a version: as one set, or not at all."""
+        self._lists = lists
+
+    def list_names(self, lists: Lists) -> frozenset[str]:  # noqa: ARG002 - only what is in use counts
+        """Return the names of the sets that the proxy may read."""
+        return frozenset(name for name in (self._folder.included_set(), self._good) if name is not None)
+
+    def check_pair(self, file: str) -> None:
+        """Let OpenSSL load it: a pair that no proxy would take must not come between the operator and a reload."""
+        load_pair(file)
+
+    def check(self, version: Path) -> tuple[str, ...]:
+        """Put the set of `version` in place, and return which rows have no effect; or raise `CheckRefused`."""
+        self._folder.include_set(self._write_set(version))
+        if self._commands.check and (refusal := self._run("check", self._commands.check)) is not None:
+            if self._good is not None:
+                self._folder.include_set(self._good)
+            raise CheckRefused(refusal.why, self._named_files(refusal.said))
+        return _remarks(self._read(version))
+
+    def _named_files(self, said: str) -> frozenset[str]:
+        return frozenset(str(self._folder.certs / name) for name in re.findall(r"\b[0-9a-f]{64}\.pem\b", said))
+
+    def running(self) -> bool:
+        """Say yes: whether it runs is the operator's business, and what it serves is asked."""
+        return True
+
+    def start(self) -> None:
+        """See that it has what the folder says; it is started by the operator."""
+        self.reload()
+
+    def stop(self) -> None:
+        """Leave it to the operator."""
+
+    def reload(self) -> None:
+        """Have the proxy read the current version and lists, unless it has, or raise `ReloadRefused`."""
+        name = self._write_set(self._folder.current)
+        before = _ask_marks(self._ports())
+        if name != self._told and set(before.values()) != {name}:
+            self._folder.include_set(name)
+            if (why := self._tell(name, before)) is not None:
+                self._go_back(name)
+                raise ReloadRefused(why)
+        self._folder.include_set(name)
+        self._told = self._good = name
+
+    def _tell(self, name: str, before: Mapping[int, str]) -> str | None:
+        """Have the proxy reload, and return why it did not take over the set that is in place, as far as that shows."""
+        if (refusal := self._run("reload", self._commands.reload)) is not None:
+            return refusal.why
+        # The command may be over before the proxy is. Where the route was not there, there is nothing to wait for.
+        limit = self._commands.limit if any(map(_is_mark, before.values())) else SETTLE_LIMIT
+        self._patience.until(lambda: set(_ask_marks(before).values()) == {name}, limit)
+        for port, shown in _ask_marks(before).items():
+            if shown != name and (_is_mark(shown) or _is_mark(before[port])):
+                return f"the reload command ended well, but port {port} gives {_tell_mark(shown)}, not the new ones"
+        return None
+
+    def _go_back(self, refused: str) -> None:
+        """Bring back the set before, and have the proxy read it."""
+        if self._good is None or self._good == refused:
+            return
+        self._folder.include_set(self._good)
+        if self._run("reload", self._commands.reload) is None:
+            self._told = self._good
+
+    def why_not_served(self, number: int) -> str | None:  # noqa: ARG002 - what is current is the agent's to say
+        """Say which plain port does not show that the proxy has read the set in place; None: all do."""
+        name = self._folder.included_set()
+        try:
+            shown = _ask_marks(self._ports())
+        except (OSError, InputError) as failed:
+            return f"the folder is not as it was left: {failed}"
+        port = next((port for port, mark in shown.items() if mark != name), None)
+        if port is None:
+            return None
+        asked = f"http://127.0.0.1:{port}{CHALLENGE_PATH}{MARK}"
+        return f"the challenge route is not there: {asked} gives {_tell_mark(shown[port])}; {self._dialect.route_hint}"
+
+    def serves(self, lists: Lists) -> bool:
+        """Say whether the running proxy has read exactly these lists."""
+        self._lists = lists
+        name = self._write_set(self._folder.current)
+        return name == self._folder.included_set() and set(_ask_marks(self._ports()).values()) == {name}
+
+    def swap(self, before: Lists, after: Lists) -> None:  # noqa: ARG002 - they make no difference
+        """Refuse: what runs is not ours to talk to."""
+        raise CommandRefused("the operator's proxy takes files over by its reload command only")
+
+    def tidy(self) -> None:
+        """Do nothing: its log is the operator's."""
+
+    def _ports(self) -> list[int]:
+        return [row.port for row in plain_listeners(self._read(self._folder.current))]
+
+    def _read(self, version: Path) -> Snapshot:
+        return read_snapshot(json.loads((version / _SNAPSHOT).read_bytes()))
+
+    def _write_set(self, version: Path) -> str:
+        """Write the set of a version's folder and the present lists, unless it is there, and return its name."""
+        # The list for all policies is named by a bind line also while no listener asks for it.
+        certificates = {None: frozenset[ServedFile](), **self._lists.certificates}
+        lists = IncludedLists(certificates, self._lists.thumbprints or {})
+        files = self._dialect.print_set(self._read(version), lists)
+        name = _digest(files)
+        pairs = {line.file for lines in certificates.values() for line in lines} if self._dialect.links_pairs else set()
+        self._folder.write_set(name, files | self._dialect.print_mark(name), pairs)
+        return name
+
+    def _run(self, what: str, command: Sequence[str]) -> Refusal | None:
+        """Run one of the operator's commands, and return why it did not end well; None: it did."""
+        shown = f"the {what} command `{shlex.join(command)}`"
+        # Into a file, not a pipe: what a command leaves running would keep a pipe open.
+        with tempfile.TemporaryFile(dir=self._folder.run) as output:
+            try:
+                process = subprocess.Popen(
+                    command, env={"PATH": COMMAND_PATH}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as failed:
+                return Refusal(f"{shown} cannot be run: {failed}", "")
+            try:
+                code = process.wait(self._commands.limit.total_seconds())
+            except subprocess.TimeoutExpired:
+                _end(process)
+                return Refusal(f"{shown} did not end within {self._commands.limit.total_seconds():g} s", "")
+            said = _read_back(output)
+        if code == 0:
+            return None
+        return Refusal(f"{shown} ended with {code}: {in_one_line(_complaints(said))}", said)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and what it started, as far as we may: what sudo runs is not ours to end."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1)
+
+
+def _read_back(output: IO[bytes]) -> str:
+    output.seek(0)
+    return output.read(_MAX_SAID).decode("utf-8", "replace")
+
+
+def _complaints(said: str) -> list[str]:
+    """Return the lines of a command's output that say what is wrong, else the last ones."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return [line for line in lines if re.search(r"\[(ALERT|emerg)\]", line)] or lines[-3:]
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    found = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        found.update(f"{name} {len(content)}\n".encode() + content)
+    return found.hexdigest()
+
+
+def _ask_marks(ports: Iterable[int]) -> dict[int, str]:
+    """Return what each plain port says of the set that the proxy has read, or what it says instead."""
+    return {port: ask_challenge(port, "localhost", MARK).strip() for port in ports}
+
+
+def _is_mark(shown: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{64}", shown) is not None
+
+
+def _tell_mark(shown: str) -> str:
+    return "other files of certworker" if _is_mark(shown) else repr(shown[:100])
+
+
+def _remarks(snapshot: Snapshot) -> tuple[str, ...]:
+    """Say which rows have no effect here."""
+    routes = sum(len(row.routes) for row in snapshot.listeners)
+    if not routes and not snapshot.pools:
+        return ()
+    ignored = f"{routes} routes and {len(snapshot.pools)} upstream pools have no effect here"
+    return (f"{ignored}: the proxy is the operator's own, and routes what its configuration says",)

@@ -1,0 +1,536 @@
+"""An operator's own HAProxy or nginx that includes our files: the examples of docs/operations.md, really run."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from certworker.core.rollout import Heartbeat
+from certworker.node.agent import Agent
+from certworker.node.folder import Folder
+from certworker.node.included import Commands, HaproxyDialect, Included, NginxDialect
+from certworker.node.lookup import Lookup
+from certworker.node.probe import ask_challenge, probe_tls
+from certworker.render.files import CHALLENGE_PATH
+from certworker.render.included import MARK
+
+from .conftest import (
+    PATIENCE,
+    Authority,
+    Gateway,
+    Load,
+    MemorySource,
+    Ports,
+    Upstream,
+    ask,
+    ask_tls,
+    await_true,
+    uuid,
+)
+
+pytestmark = pytest.mark.proxy
+
+OPERATIONS = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+NAME = "shop.example"
+TOKEN = "a" * 43
+
+
+def example(kind: str) -> str:
+    """Return the operator's configuration as the documentation has it."""
+    return OPERATIONS.split(f"<!-- existing: {kind} -->\n```\n", 1)[1].split("\n```\n", 1)[0] + "\n"
+
+
+@dataclass
+class Operator:
+    """A person with a proxy, a configuration and a way to reload it."""
+
+    path: Path
+    kind: str
+    binary: Path
+    plain: int
+    secure: int
+    upstream: int
+    process: subprocess.Popen[bytes] | None = None
+    reloads: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.include = self.path / "node" / "include"
+        self.config, self.pid = self.path / "proxy.conf", self.path / "proxy.pid"
+        self.say(self.reload_script, f"echo reloaded >> {self.path}/reloads\n{self._signal()}")
+        self.say(self.check_script, f"exec {self.binary} {self._check()}")
+        self.configure(example(self.kind))
+
+    @property
+    def reload_script(self) -> Path:
+        return self.path / "reload"
+
+    @property
+    def check_script(self) -> Path:
+        return self.path / "check"
+
+    def say(self, script: Path, text: str) -> None:
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o700)
+
+    def _signal(self) -> str:
+        return f"exec kill -{'USR2' if self.kind == 'haproxy' else 'HUP'} $(cat {self.pid})"
+
+    def _files(self) -> list[str]:
+        if self.kind == "haproxy":
+            return ["-f", str(self.config), "-f", str(self.include / "haproxy.cfg")]
+        return ["-c", str(self.config), "-p", f"{self.path}/", "-e", "stderr"]
+
+    def _check(self) -> str:
+        return " ".join([{"haproxy": "-c", "nginx": "-t"}[self.kind], *self._files()])
+
+    def configure(self, text: str) -> None:
+        """Write the configuration, with this machine's paths and ports."""
+        text = text.replace("/var/lib/certworker/node/include", str(self.include))
+        for port, ours in (("80", self.plain), ("443", self.secure)):
+            text = re.sub(rf"(bind :|listen ){port}\b", rf"\g<1>{ours}", text)
+        text = text.replace("127.0.0.1:8080", f"127.0.0.1:{self.upstream}")
+        if self.kind == "nginx":
+            temp = "".join(
+                f"{what}_temp_path {self.path}/{what};" for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            )
+            text = f"pid {self.pid};\nerror_log stderr;\nevents {{ }}\nhttp {{\naccess_log off;{temp}\n{text}}}\n"
+        self.config.write_text(text)
+
+    def start(self) -> None:
+        """Start the proxy as a service manager would."""
+        extra = ["-W", "-p", str(self.pid)] if self.kind == "haproxy" else ["-g", "daemon off;"]
+        with (self.path / "proxy.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(self.binary), *self._files(), *extra], stdout=log, stderr=log, start_new_session=True
+            )
+        await_true(self.is_up, "the operator's proxy listens")
+        await_true(self.pid.is_file, "the operator's proxy has a pid file")
+
+    def is_up(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.path / "proxy.log").read_text()
+        try:
+            return ask(self.plain)[0] > 0
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+            self.process = None
+
+    def count_reloads(self) -> int:
+        path = self.path / "reloads"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+class Machine:
+    """The operator's proxy, and our agent beside it."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.operator = operator
+        self.source = MemorySource()
+        self.limit = timedelta(seconds=20)
+        self.check = True
+        self.start_agent()
+
+    def start_agent(self) -> None:
+        self.folder = Folder(self.operator.path / "node")
+        commands = Commands(
+            (str(self.operator.reload_script),), (str(self.operator.check_script),) if self.check else (), self.limit
+        )
+        dialect = (
+            HaproxyDialect(self.folder)
+            if self.operator.kind == "haproxy"
+            else NginxDialect(self.folder, Lookup(PATIENCE))
+        )
+        self.proxy = Included(self.folder, dialect, commands, PATIENCE)
+        self.agent = Agent("node-1", self.source, self.folder, self.proxy, PATIENCE, random.Random(1))
+
+    def restart_agent(self) -> None:
+        self.agent.close()
+        self.start_agent()
+
+    def step(self) -> Heartbeat:
+        return self.agent.step()
+
+    def leaf(self, name: str = NAME) -> str | None:
+        return probe_tls(self.operator.secure, name).fingerprint
+
+
+@pytest.fixture
+def machine(
+    kind: str, ports: Ports, upstream: Callable[..., Upstream], request: pytest.FixtureRequest, gateway: Gateway
+) -> Iterator[Machine]:
+    """Rows are published; the operator's proxy does not run yet."""
+    path = Path(mkdtemp(prefix="certworker-own-"))
+    binary = request.getfixturevalue(f"{kind}_binary")
+    operator = Operator(path, kind, binary, ports.take(), ports.take(), upstream("shop").port)
+    machine = Machine(operator)
+    gateway.listener(operator.plain)
+    gateway.listener(operator.secure, "https")
+    machine.source.publish(gateway.snapshot())
+    yield machine
+    operator.stop()
+    machine.agent.close()
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def served(machine: Machine, authority: Authority) -> Machine:
+    """The operator's proxy runs with a certificate that was proved."""
+    machine.step()
+    machine.operator.start()
+    machine.source.put(authority.issue(1, NAME, "www.shop.example"))
+    heartbeat = machine.step()
+    assert (heartbeat.error, heartbeat.unserved) == (None, {})
+    return machine
+
+
+def test_the_files_are_there_before_the_proxy(machine: Machine, authority: Authority) -> None:
+    """The operator's proxy starts with them before there is any certificate; then the first one comes."""
+    heartbeat = machine.step()
+    assert heartbeat.version_id is None
+    assert "reload command" in str(heartbeat.error)
+
+    machine.operator.start()
+    heartbeat = machine.step()
+    assert (heartbeat.error, heartbeat.version_number, heartbeat.unserved) == (None, 1, {})
+    assert heartbeat.refused_version_id is None
+    assert machine.leaf() is None
+
+    certificate = authority.issue(1, NAME, "www.shop.example")
+    machine.source.put(certificate)
+    heartbeat = machine.step()
+
+    assert (heartbeat.error, heartbeat.unserved) == (None, {})
+    assert heartbeat.fingerprints == {certificate.id: certificate.fingerprint}
+    assert {machine.leaf(), machine.leaf("www.shop.example")} == {certificate.fingerprint}
+    assert machine.leaf("other.example") is None
+    assert "shop" in ask_tls(machine.operator.secure, NAME, NAME)[1]
+
+
+def test_a_renewal_fails_no_request(served: Machine, authority: Authority) -> None:
+    """Clients of the operator's own routes notice nothing; each renewal is one reload."""
+    load, over = NamedLoad(served.operator.secure), threading.Event()
+    thread = threading.Thread(target=load.run, args=(over,))
+    thread.start()
+    before = served.operator.count_reloads()
+    try:
+        for _ in range(5):
+            renewal = authority.issue(1, NAME, "www.shop.example")
+            served.source.put(renewal)
+            assert served.step().unserved == {}
+            assert served.leaf() == renewal.fingerprint
+    finally:
+        over.set()
+        thread.join()
+
+    assert load.faults == []
+    assert load.answers > 5
+    assert served.operator.count_reloads() == before + 5
+
+
+class NamedLoad(Load):
+    """The same for the name of the example."""
+
+    def run(self, over: threading.Event) -> None:
+        while not over.is_set():
+            try:
+                status, _ = ask_tls(self.port, NAME, NAME)
+            except (OSError, IndexError) as failed:
+                self.faults.append(repr(failed))
+            else:
+                self.answers += 1
+                if status != 200:
+                    self.faults.append(str(status))
+
+
+def test_a_quiet_step_reloads_nothing(served: Machine) -> None:
+    """Neither time nor a new agent is a reason, as long as the proxy says that it has read the files."""
+    before = served.operator.count_reloads()
+    served.step()
+    served.restart_agent()
+    heartbeat = served.step()
+
+    assert (heartbeat.error, heartbeat.version_number) == (None, 1)
+    assert served.operator.count_reloads() == before
+
+
+def test_rows_that_are_not_ours_change_nothing(served: Machine, gateway: Gateway) -> None:
+    """Routes and pools of a version have no effect, which is said, and a version of such rows alone is no reload."""
+    before = served.operator.count_reloads()
+    gateway.route(gateway.listeners[1].id, gateway.pool(served.operator.upstream))
+    served.source.publish(gateway.snapshot())
+
+    heartbeat = served.step()
+
+    assert (heartbeat.error, heartbeat.version_number) == (None, 2)
+    assert heartbeat.warnings[0].startswith("1 routes and 1 upstream pools have no effect here")
+    assert served.operator.count_reloads() == before
+
+
+def test_a_failing_check_leaves_everything(served: Machine, authority: Authority) -> None:
+    """The files before are back, nothing was reloaded, the reason is told; once it passes, all is taken over."""
+    operator = served.operator
+    leaf, files, before = served.leaf(), operator.include.readlink(), operator.count_reloads()
+    sound = operator.config.read_text()
+    operator.config.write_text(sound + "bad line;\n")
+    renewal = authority.issue(1, NAME, "www.shop.example")
+    served.source.put(renewal)
+
+    heartbeat = served.step()
+
+    assert "check command" in str(heartbeat.error)
+    assert "bad" in str(heartbeat.error)
+    assert (heartbeat.version_number, heartbeat.refused_version_id) == (1, None)
+    assert (served.leaf(), operator.include.readlink(), operator.count_reloads()) == (leaf, files, before)
+    operator.config.write_text(sound)
+    assert served.step().error is None
+    assert served.leaf() == renewal.fingerprint
+
+
+def test_a_failing_check_is_no_veto_against_a_version(served: Machine, gateway: Gateway, ports: Ports) -> None:
+    """The fault may lie in the operator's own files: the version is tried again, and not reported as refused."""
+    sound = served.operator.config.read_text()
+    served.operator.config.write_text(sound + "bad line;\n")
+    gateway.listeners.pop()
+    served.source.publish(gateway.snapshot())
+
+    heartbeat = served.step()
+
+    assert "check command" in str(heartbeat.error)
+    assert (heartbeat.version_number, heartbeat.refused_version_id) == (1, None)
+    served.operator.config.write_text(sound)
+    heartbeat = served.step()
+    assert (heartbeat.error, heartbeat.version_number) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo 'no such unit' >&2; exit 4", "ended with 4: no such unit"), ("sleep 600", "did not end within 1 s")],
+    ids=["failing", "hanging"],
+)
+def test_a_reload_that_does_not_work_is_undone(served: Machine, authority: Authority, script: str, said: str) -> None:
+    """The files before are back, the old leaf serves, the reason is told; nothing is left running."""
+    operator = served.operator
+    leaf, files = served.leaf(), operator.include.readlink()
+    served.limit = timedelta(seconds=1)
+    served.restart_agent()
+    served.step()
+    working = operator.reload_script.read_text()
+    operator.say(operator.reload_script, script)
+    renewal = authority.issue(1, NAME, "www.shop.example")
+    served.source.put(renewal)
+
+    heartbeat = served.step()
+
+    assert said in str(heartbeat.error)
+    assert heartbeat.version_number == 1
+    assert (served.leaf(), operator.include.readlink()) == (leaf, files)
+    operator.reload_script.write_text(working)
+    served.limit = timedelta(seconds=20)
+    served.restart_agent()
+    assert served.step().error is None
+    assert served.leaf() == renewal.fingerprint
+
+
+def test_a_command_that_says_yes_and_does_nothing_is_found_out(served: Machine, authority: Authority) -> None:
+    """What the proxy has read it says itself."""
+    files = served.operator.include.readlink()
+    served.limit = timedelta(seconds=1)
+    served.restart_agent()
+    served.step()
+    served.operator.say(served.operator.reload_script, "exit 0")
+    served.source.put(authority.issue(1, NAME))
+
+    heartbeat = served.step()
+
+    assert f"port {served.operator.plain} gives other files" in str(heartbeat.error)
+    assert served.operator.include.readlink() == files
+
+
+def test_a_command_may_leave_something_running(served: Machine, authority: Authority) -> None:
+    """Nobody waits for what it started in the background."""
+    working = served.operator.reload_script.read_text().partition("\n")[2]
+    served.operator.say(served.operator.reload_script, f"sleep 5 &\n{working}")
+    served.source.put(authority.issue(1, NAME))
+    begun = time.monotonic()
+
+    assert served.step().error is None
+    assert time.monotonic() - begun < 4
+
+
+def test_a_proxy_that_does_not_name_our_list_is_named(machine: Machine, authority: Authority) -> None:
+    """The reload worked, but another certificate is shown: it is not proved, and the hint says where to look."""
+    operator = machine.operator
+    own = operator.path / "own.pem"
+    theirs = authority.issue(9, NAME)
+    own.write_text(theirs.chain_pem + theirs.key_pem)
+    if operator.kind == "haproxy":
+        text = example("haproxy").replace("crt-list /var/lib/certworker/node/include/all.list strict-sni", f"crt {own}")
+    else:
+        line = "include /var/lib/certworker/node/include/all.certificates.conf;"
+        text = example("nginx").replace(line, f"ssl_certificate {own}; ssl_certificate_key {own};")
+    operator.configure(text)
+    machine.step()
+    operator.start()
+    certificate = authority.issue(1, NAME)
+    machine.source.put(certificate)
+
+    heartbeat = machine.step()
+
+    assert heartbeat.version_number == 1
+    assert heartbeat.fingerprints == {}
+    assert f"port {operator.secure} shows leaf {theirs.fingerprint} for {NAME}" in heartbeat.unserved[certificate.id]
+    assert str(operator.include) in heartbeat.unserved[certificate.id]
+    operator.configure(example(operator.kind))
+    subprocess.run([operator.reload_script], check=True)
+    await_true(lambda: machine.leaf() == certificate.fingerprint, "the operator's own reload")
+    assert machine.step().unserved == {}
+
+
+def test_a_missing_route_is_named_and_no_version_is_claimed(machine: Machine, authority: Authority) -> None:
+    """Certificates are served all the same, and an order would wait; the hint names the line. No reload in vain."""
+    operator = machine.operator
+    text = re.sub(r"(?m)^ *(use_backend .*|include .*/challenge\.conf;)$", "", example(operator.kind))
+    operator.configure(text.replace(" unless challenge", ""))
+    machine.step()
+    operator.start()
+    certificate = authority.issue(1, NAME)
+    machine.source.put(certificate)
+
+    heartbeat = machine.step()
+
+    assert heartbeat.version_id is None
+    assert "the challenge route is not there" in str(heartbeat.error)
+    assert "status 30" in str(heartbeat.error)
+    assert str(operator.include) in str(heartbeat.error)
+    assert heartbeat.unserved.keys() <= {certificate.id}
+    assert machine.leaf() == certificate.fingerprint
+    before = operator.count_reloads()
+    machine.step()
+    assert operator.count_reloads() == before
+
+
+def test_a_weak_key_keeps_nobody_from_a_reload(served: Machine, authority: Authority) -> None:
+    """It is refused before the operator's proxy sees it."""
+    leaf = served.leaf()
+    weak = authority.issue(2, "weak.example", key=rsa.generate_private_key(65537, 1024))
+    served.source.put(weak)
+
+    heartbeat = served.step()
+
+    assert "too weak" in heartbeat.refused[weak.id]
+    assert heartbeat.error is None
+    assert served.leaf() == leaf
+
+
+def test_challenges_go_to_the_responder(served: Machine, upstream: Callable[..., Upstream], gateway: Gateway) -> None:
+    """Of the challenge path only what is a challenge; everything else stays the operator's."""
+    responder = upstream("responder")
+    gateway.responders = (f"127.0.0.1:{responder.port}",)
+    served.source.publish(gateway.snapshot())
+    assert served.step().error is None
+    plain = served.operator.plain
+
+    assert ask(plain, CHALLENGE_PATH + TOKEN, NAME)[0] == 200
+    assert ask(plain, CHALLENGE_PATH + "short", NAME)[0] == 404
+    assert ask(plain, CHALLENGE_PATH + TOKEN, NAME, "POST")[0] == 405
+    assert ask(plain, "/", NAME)[0] in (301, 302)
+    assert len(responder.asked) == 1
+
+
+def test_the_mark_is_for_this_machine_only(served: Machine) -> None:
+    """It names the files that were read."""
+    shown = ask_challenge(served.operator.plain, "localhost", MARK).strip()
+
+    assert shown == served.operator.include.readlink().name
+
+
+def test_a_stateless_listener_answers_by_itself(served: Machine, gateway: Gateway) -> None:
+    """With the host's thumbprint, proved; other hosts get none."""
+    gateway.listeners.clear()
+    gateway.listener(served.operator.plain, challenge="stateless")
+    gateway.listener(served.operator.secure, "https")
+    served.source.publish(gateway.snapshot())
+    thumbprint = "t" * 43
+    served.source.put_thumbprint(NAME, thumbprint)
+
+    heartbeat = served.step()
+
+    assert (heartbeat.error, heartbeat.unanswered) == (None, {})
+    assert ask_challenge(served.operator.plain, NAME, TOKEN) == f"{TOKEN}.{thumbprint}"
+    assert ask_challenge(served.operator.plain, "other.example", TOKEN) == "status 404"
+
+
+def test_a_policys_list_is_its_own(machine: Machine, gateway: Gateway, authority: Authority) -> None:
+    """A listener with a policy has its own file; a bind line names it."""
+    operator = machine.operator
+    gateway.listeners.pop()
+    gateway.listener(operator.secure, "https", policy=901)
+    machine.source.publish(gateway.snapshot())
+    operator.configure(example(operator.kind).replace("include/all.", f"include/{uuid(901)}."))
+    machine.step()
+    operator.start()
+    machine.source.put(authority.issue(1, NAME, policies=(901,)))
+
+    heartbeat = machine.step()
+
+    assert (heartbeat.error, heartbeat.unserved) == (None, {})
+    assert machine.leaf() is not None
+
+
+def test_without_an_http_listener_nothing_is_written(machine: Machine, gateway: Gateway) -> None:
+    """There would be no way to see what the proxy has read."""
+    del gateway.listeners[0]
+    machine.source.publish(gateway.snapshot())
+
+    assert "has no http listener" in str(machine.step().error)
+
+
+def test_keys_are_for_the_owner_only(served: Machine) -> None:
+    """Files 0600, folders 0700, and no key of a certificate that is gone."""
+    files = [path for path in served.folder.path.rglob("*") if path.is_file() and not path.is_symlink()]
+    folders = [path for path in served.folder.path.rglob("*") if path.is_dir() and not path.is_symlink()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+
+    served.source.remove(uuid(1))
+    assert served.step().error is None
+    left = [path for path in served.folder.path.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+    assert left == []
+
+
+def test_a_proxy_that_is_down_finds_whole_files(served: Machine, authority: Authority) -> None:
+    """Renewals while it is down, and a new agent: it starts with complete files, and catches up."""
+    served.operator.stop()
+    served.source.put(authority.issue(1, NAME))
+    assert "reload command" in str(served.step().error)
+    served.restart_agent()
+    renewal = authority.issue(1, NAME)
+    served.source.put(renewal)
+    assert "reload command" in str(served.step().error)
+
+    served.operator.start()
+    heartbeat = served.step()
+
+    assert (heartbeat.error, heartbeat.unserved) == (None, {})
+    assert served.leaf() == renewal.fingerprint
