@@ -229,7 +229,7 @@ class Agent:
             return replace(state, unproved={})
         # What failed its proof long ago is looked at once; what is new may take a moment.
         faults = self._ask(expected, SETTLE_LIMIT if fresh else timedelta())
-        if faults.keys() & fresh:
+        if self._proxy.managed and faults.keys() & fresh:
             # What was swapped in while running does not show: take everything over from the files.
             self._proxy.reload()
             faults = self._ask(expected, SETTLE_LIMIT)

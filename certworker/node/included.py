@@ -22,7 +22,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,7 +37,7 @@ from certworker.node.machine import in_one_line
 from certworker.node.nginx import read_pair
 from certworker.node.pairs import load_pair
 from certworker.node.patience import Patience
-from certworker.node.probe import SETTLE_LIMIT, ask_challenge
+from certworker.node.probe import ROUNDS, SETTLE_LIMIT, ask_challenge
 from certworker.node.state import Lists
 from certworker.render.files import CHALLENGE_PATH, RenderedFile, RenderedFiles, ServedFile, is_name
 from certworker.render.included import (
@@ -53,6 +53,8 @@ from certworker.render.included import (
 
 COMMAND_LIMIT = timedelta(minutes=2)
 """For a command, and then for the proxy: 10,000 certificates take HAProxy 12 s with OpenSSL 3.0."""
+LINGER = timedelta(milliseconds=300)
+"""nginx lets its old workers accept for 100 ms after the new ones have started (`ngx_process_cycle.c`)."""
 COMMAND_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """All that a command gets of an environment: ours may hold a database's password."""
 
@@ -258,11 +260,19 @@ class Included:
             return refusal.why
         # The command may be over before the proxy is. Where the route was not there, there is nothing to wait for.
         limit = self._commands.limit if any(map(_is_mark, before.values())) else SETTLE_LIMIT
-        self._patience.until(lambda: set(_ask_marks(before).values()) == {name}, limit)
-        for port, shown in _ask_marks(before).items():
-            if shown != name and (_is_mark(shown) or _is_mark(before[port])):
-                return f"the reload command ended well, but port {port} gives {_tell_mark(shown)}, not the new ones"
-        return None
+        if self._patience.until(lambda: self._stays(before, name), limit):
+            return None
+        port, shown = _find_wrong(before, name) or (None, "")
+        if port is None or not (_is_mark(shown) or _is_mark(before[port])):
+            return None  # its configuration has no route yet, and only handshakes can tell
+        return f"the reload command ended well, but port {port} gives {_tell_mark(shown)}, not the new ones"
+
+    def _stays(self, ports: Collection[int], name: str) -> bool:
+        """Say whether the proxy has read set `name`, and workers that have not are gone."""
+        if _find_wrong(ports, name) is not None:
+            return False
+        self._patience.sleep(LINGER.total_seconds())
+        return all(_find_wrong(ports, name) is None for _ in range(ROUNDS))
 
     def _go_back(self, refused: str) -> None:
         """Bring back the set before, and have the proxy read it."""
@@ -274,16 +284,21 @@ class Included:
 
     def why_not_served(self, number: int) -> str | None:  # noqa: ARG002 - what is current is the agent's to say
         """Say which plain port does not show that the proxy has read the set in place; None: all do."""
-        name = self._folder.included_set()
         try:
-            shown = _ask_marks(self._ports())
+            wrong = self._find_wrong_port()
         except (OSError, InputError) as failed:
             return f"the folder is not as it was left: {failed}"
-        port = next((port for port, mark in shown.items() if mark != name), None)
-        if port is None:
+        if wrong is None:
             return None
+        port, shown = wrong
         asked = f"http://127.0.0.1:{port}{CHALLENGE_PATH}{MARK}"
-        return f"the challenge route is not there: {asked} gives {_tell_mark(shown[port])}; {self._dialect.route_hint}"
+        return f"the challenge route is not there: {asked} gives {_tell_mark(shown)}; {self._dialect.route_hint}"
+
+    def _find_wrong_port(self) -> tuple[int, str] | None:
+        ports, name = self._ports(), self._folder.included_set() or ""
+        # A worker that is about to leave may still answer for a moment.
+        self._patience.until(lambda: not _is_mark((_find_wrong(ports, name) or (0, ""))[1]), SETTLE_LIMIT)
+        return _find_wrong(ports, name)
 
     def serves(self, lists: Lists) -> bool:
         """Say whether the running proxy has read exactly these lists."""
@@ -367,6 +382,11 @@ def _digest(files: Mapping[str, bytes]) -> str:
 def _ask_marks(ports: Iterable[int]) -> dict[int, str]:
     """Return what each plain port says of the set that the proxy has read, or what it says instead."""
     return {port: ask_challenge(port, "localhost", MARK).strip() for port in ports}
+
+
+def _find_wrong(ports: Iterable[int], name: str) -> tuple[int, str] | None:
+    """Return the first port that does not say that the proxy has read set `name`, and what it says instead."""
+    return next(((port, shown) for port, shown in _ask_marks(ports).items() if shown != name), None)
 
 
 def _is_mark(shown: str) -> bool:

@@ -74,3 +74,13 @@ def test_an_agent_without_a_token(cli: Cli, tmp_path: Path) -> None:
     refused.refused(2, "the enrolment token")
     assert "c2VjcmV0" not in refused.err
     cli("agent", "--folder", "x" * 200).refused(1, "too long for the path of a socket")
+
+
+def test_an_agent_beside_a_proxy_of_its_own(cli: Cli, tmp_path: Path) -> None:
+    """Its commands are looked at before anything is done."""
+    folder = str(tmp_path / "agent")
+
+    cli("agent", "--folder", folder, "--check", "nginx -t").refused(2, "say --reload too")
+    cli("agent", "--folder", folder, "--reload", "systemctl 'reload").refused(2, "must be a command line")
+    cli("agent", "--folder", folder, "--reload", "no-such-program -x").refused(2, "no program 'no-such-program'")
+    cli("agent", "--folder", folder, "--reload", "true").refused(2, "certworker node enroll NAME")

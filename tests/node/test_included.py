@@ -403,8 +403,8 @@ def test_a_proxy_that_does_not_name_our_list_is_named(machine: Machine, authorit
     assert str(operator.include) in heartbeat.unserved[certificate.id]
     operator.configure(example(operator.kind))
     subprocess.run([operator.reload_script], check=True)
-    await_true(lambda: machine.leaf() == certificate.fingerprint, "the operator's own reload")
-    assert machine.step().unserved == {}
+    await_true(lambda: machine.step().unserved == {}, "the operator's own reload is seen")
+    assert machine.leaf() == certificate.fingerprint
 
 
 def test_a_missing_route_is_named_and_no_version_is_claimed(machine: Machine, authority: Authority) -> None:
