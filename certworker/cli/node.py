@@ -75,6 +75,9 @@ def list_(ctx: click.Context, as_json: bool) -> None:
         for one in document["nodes"]
     ]  # fmt: skip
     print_table(count(len(rows), "node"), heads, rows)
+    for one in document["nodes"]:
+        for warning in one["warnings"]:
+            click.echo(f"{one['name']}: {warning}")
     if document["held_back"]:
         click.echo(f"version {document['published']} goes to canaries only: {document['held_back']}")
 
@@ -147,6 +150,7 @@ def _node(
         "agent": said.agent if said else None,
         "address": said.address if said else None,
         "unserved": len(said.unserved) if said else None,
+        "warnings": said.warnings if said else [],
         "error": said.error if said else None,
     }
 

@@ -17,7 +17,16 @@ from pathlib import Path
 from certworker.core.rollout import CertificateChanges, Heartbeat
 from certworker.core.snapshot import check_host
 from certworker.errors import CheckRefused, CommandRefused, NodeError, PairRefused
-from certworker.node.apply import Proxy, challenge_ports, expect, hand_over, plan_lists, stage_version, switch_version
+from certworker.node.apply import (
+    Proxy,
+    challenge_ports,
+    expect,
+    hand_over,
+    ignored_rows,
+    plan_lists,
+    stage_version,
+    switch_version,
+)
 from certworker.node.control import PublishedVersion, Source
 from certworker.node.folder import Folder
 from certworker.node.pairs import render_pair
@@ -333,7 +342,7 @@ class Agent:
             refused_version_id=None if self._refused is None else self._refused[0],
             unanswered=_first(unanswered),
             untold=sum(max(0, len(faults) - MOST_TOLD) for faults in (unserved, unanswered)),
-            warnings=self._warnings[:MOST_WARNINGS],
+            warnings=(self._warnings if self._proxy.managed else ignored_rows(self._state.version))[:MOST_WARNINGS],
             error=troubles[0] if troubles else None,
         )
 

@@ -175,6 +175,18 @@ def hand_over(folder: Folder, proxy: Proxy, new: PublishedVersion, old: Publishe
         raise VersionRefused(f"version {new.number} is not served: {refused}") from refused
 
 
+def ignored_rows(version: PublishedVersion | None) -> tuple[str, ...]:
+    """Say which rows of `version` have no effect where the proxy is the operator's own."""
+    if version is None:
+        return ()
+    snapshot = version.snapshot
+    routes = sum(len(row.routes) for row in snapshot.listeners)
+    if not routes and not snapshot.pools:
+        return ()
+    ignored = f"{routes} routes and {len(snapshot.pools)} upstream pools have no effect here"
+    return (f"{ignored}: the proxy is the operator's own, and routes what its configuration says",)
+
+
 def _ports(version: PublishedVersion | None) -> set[int]:
     return set() if version is None else {listener.port for listener in version.snapshot.listeners}
 

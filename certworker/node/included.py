@@ -220,13 +220,13 @@ class Included:
         load_pair(file)
 
     def check(self, version: Path) -> tuple[str, ...]:
-        """Put the set of `version` in place, and return which rows have no effect; or raise `CheckRefused`."""
+        """Put the set of `version` in place, and have the operator's command check it, or raise `CheckRefused`."""
         self._folder.include_set(self._write_set(version))
         if self._commands.check and (refusal := self._run("check", self._commands.check)) is not None:
             if self._good is not None:
                 self._folder.include_set(self._good)
             raise CheckRefused(refusal.why, self._named_files(refusal.said))
-        return _remarks(self._read(version))
+        return ()
 
     def _named_files(self, said: str) -> frozenset[str]:
         return frozenset(str(self._folder.certs / name) for name in re.findall(r"\b[0-9a-f]{64}\.pem\b", said))
@@ -395,12 +395,3 @@ def _is_mark(shown: str) -> bool:
 
 def _tell_mark(shown: str) -> str:
     return "other files of certworker" if _is_mark(shown) else repr(shown[:100])
-
-
-def _remarks(snapshot: Snapshot) -> tuple[str, ...]:
-    """Say which rows have no effect here."""
-    routes = sum(len(row.routes) for row in snapshot.listeners)
-    if not routes and not snapshot.pools:
-        return ()
-    ignored = f"{routes} routes and {len(snapshot.pools)} upstream pools have no effect here"
-    return (f"{ignored}: the proxy is the operator's own, and routes what its configuration says",)

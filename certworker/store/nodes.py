@@ -84,6 +84,12 @@ class NodeStatus:
         return untold if isinstance(untold, int) else 0
 
     @property
+    def warnings(self) -> list[str]:
+        """What there is to remark on the version that it serves."""
+        found = self._value("warnings")
+        return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+
+    @property
     def error(self) -> str | None:
         return self._text("error")
 
