@@ -53,6 +53,8 @@ from certworker.render.included import (
 
 COMMAND_LIMIT = timedelta(minutes=2)
 """For a command, and then for the proxy: 10,000 certificates take HAProxy 12 s with OpenSSL 3.0."""
+RETRY = timedelta(minutes=1)
+"""How long what was refused is left alone: a check of many certificates takes a whole core."""
 LINGER = timedelta(milliseconds=300)
 """nginx lets its old workers accept for 100 ms after the new ones have started (`ngx_process_cycle.c`)."""
 COMMAND_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -70,6 +72,7 @@ class Commands:
     check: tuple[str, ...] = ()
     """None if empty."""
     limit: timedelta = COMMAND_LIMIT
+    pause: timedelta = RETRY
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ class Refusal:
     """How a command did not end well."""
 
     why: str
-    said: str
-    """Its whole output, as far as it was read."""
+    complaints: tuple[str, ...] = ()
+    """What of its output says so, line by line."""
 
 
 class Dialect(Protocol):
@@ -185,6 +188,8 @@ class Included:
         self._lists = Lists()
         self._told: str | None = None
         """The set that the proxy was told to read last, with success."""
+        self._refused: tuple[str, float, NodeError] | None = None
+        """The set that was refused last, until when it is left alone, and why."""
         self._good = folder.included_set()
         """The set to go back to: the last one that was taken over, or the one that was there at the start."""
 
@@ -221,15 +226,26 @@ class Included:
 
     def check(self, version: Path) -> tuple[str, ...]:
         """Put the set of `version` in place, and have the operator's command check it, or raise `CheckRefused`."""
-        self._folder.include_set(self._write_set(version))
+        name = self._write_set(version)
+        self._raise_again(name, self._ports(version))
+        self._folder.include_set(name)
         if self._commands.check and (refusal := self._run("check", self._commands.check)) is not None:
             if self._good is not None:
                 self._folder.include_set(self._good)
-            raise CheckRefused(refusal.why, self._named_files(refusal.said))
+            raise self._refuse(name, CheckRefused(refusal.why, _named_files(self._folder.certs, refusal.complaints)))
         return ()
 
-    def _named_files(self, said: str) -> frozenset[str]:
-        return frozenset(str(self._folder.certs / name) for name in re.findall(r"\b[0-9a-f]{64}\.pem\b", said))
+    def _refuse(self, name: str, why: NodeError) -> NodeError:
+        self._refused = name, self._patience.monotonic() + self._commands.pause.total_seconds(), why
+        return why
+
+    def _raise_again(self, name: str, ports: Iterable[int]) -> None:
+        """Raise what was said against set `name` a moment ago, unless the proxy has read it since."""
+        if self._refused is None or _find_wrong(ports, name) is None:
+            return
+        refused, until, why = self._refused
+        if refused == name and self._patience.monotonic() < until:
+            raise why.with_traceback(None)
 
     def running(self) -> bool:
         """Say yes: whether it runs is the operator's business, and what it serves is asked."""
@@ -245,12 +261,13 @@ class Included:
     def reload(self) -> None:
         """Have the proxy read the current version and lists, unless it has, or raise `ReloadRefused`."""
         name = self._write_set(self._folder.current)
-        before = _ask_marks(self._ports())
+        before = _ask_marks(self._ports(self._folder.current))
         if name != self._told and set(before.values()) != {name}:
+            self._raise_again(name, before)
             self._folder.include_set(name)
             if (why := self._tell(name, before)) is not None:
                 self._go_back(name)
-                raise ReloadRefused(why)
+                raise self._refuse(name, ReloadRefused(why))
         self._folder.include_set(name)
         self._told = self._good = name
 
@@ -295,7 +312,7 @@ class Included:
         return f"the challenge route is not there: {asked} gives {_tell_mark(shown)}; {self._dialect.route_hint}"
 
     def _find_wrong_port(self) -> tuple[int, str] | None:
-        ports, name = self._ports(), self._folder.included_set() or ""
+        ports, name = self._ports(self._folder.current), self._folder.included_set() or ""
         # A worker that is about to leave may still answer for a moment.
         self._patience.until(lambda: not _is_mark((_find_wrong(ports, name) or (0, ""))[1]), SETTLE_LIMIT)
         return _find_wrong(ports, name)
@@ -304,7 +321,9 @@ class Included:
         """Say whether the running proxy has read exactly these lists."""
         self._lists = lists
         name = self._write_set(self._folder.current)
-        return name == self._folder.included_set() and set(_ask_marks(self._ports()).values()) == {name}
+        return name == self._folder.included_set() and set(_ask_marks(self._ports(self._folder.current)).values()) == {
+            name
+        }
 
     def swap(self, before: Lists, after: Lists) -> None:  # noqa: ARG002 - they make no difference
         """Refuse: what runs is not ours to talk to."""
@@ -313,8 +332,8 @@ class Included:
     def tidy(self) -> None:
         """Do nothing: its log is the operator's."""
 
-    def _ports(self) -> list[int]:
-        return [row.port for row in plain_listeners(self._read(self._folder.current))]
+    def _ports(self, version: Path) -> list[int]:
+        return [row.port for row in plain_listeners(self._read(version))]
 
     def _read(self, version: Path) -> Snapshot:
         return read_snapshot(json.loads((version / _SNAPSHOT).read_bytes()))
@@ -341,16 +360,14 @@ class Included:
                     start_new_session=True,
                 )  # fmt: skip
             except OSError as failed:
-                return Refusal(f"{shown} cannot be run: {failed}", "")
+                return Refusal(f"{shown} cannot be run: {failed}")
             try:
                 code = process.wait(self._commands.limit.total_seconds())
             except subprocess.TimeoutExpired:
                 _end(process)
-                return Refusal(f"{shown} did not end within {self._commands.limit.total_seconds():g} s", "")
-            said = _read_back(output)
-        if code == 0:
-            return None
-        return Refusal(f"{shown} ended with {code}: {in_one_line(_complaints(said))}", said)
+                return Refusal(f"{shown} did not end within {self._commands.limit.total_seconds():g} s")
+            complaints = _complaints(_read_back(output))
+        return None if code == 0 else Refusal(f"{shown} ended with {code}: {in_one_line(complaints)}", complaints)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -366,10 +383,15 @@ def _read_back(output: IO[bytes]) -> str:
     return output.read(_MAX_SAID).decode("utf-8", "replace")
 
 
-def _complaints(said: str) -> list[str]:
+def _complaints(said: str) -> tuple[str, ...]:
     """Return the lines of a command's output that say what is wrong, else the last ones."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return [line for line in lines if re.search(r"\[(ALERT|emerg)\]", line)] or lines[-3:]
+    return tuple([line for line in lines if re.search(r"\[(ALERT|emerg)\]", line)] or lines[-3:])
+
+
+def _named_files(certs: Path, complaints: Iterable[str]) -> frozenset[str]:
+    """Return the certificate files that are complained of; a set names them by links."""
+    return frozenset(str(certs / name) for name in re.findall(r"\b[0-9a-f]{64}\.pem\b", "\n".join(complaints)))
 
 
 def _digest(files: Mapping[str, bytes]) -> str:

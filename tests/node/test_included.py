@@ -51,14 +51,13 @@ class Machine:
         self.operator = operator
         self.source = MemorySource()
         self.limit = timedelta(seconds=20)
-        self.check = True
+        self.pause = timedelta()
         self.start_agent()
 
     def start_agent(self) -> None:
         self.folder = Folder(self.operator.path / "node")
-        commands = Commands(
-            (str(self.operator.reload_script),), (str(self.operator.check_script),) if self.check else (), self.limit
-        )
+        operator = self.operator
+        commands = Commands((str(operator.reload_script),), (str(operator.check_script),), self.limit, self.pause)
         dialect = (
             HaproxyDialect(self.folder)
             if self.operator.kind == "haproxy"
@@ -210,6 +209,38 @@ def test_a_failing_check_leaves_everything(served: Machine, authority: Authority
     operator.config.write_text(sound)
     assert served.step().error is None
     assert served.leaf() == renewal.fingerprint
+
+
+def test_what_was_refused_is_left_alone_for_a_while(served: Machine, authority: Authority) -> None:
+    """A step after the other runs no command for it; another change does."""
+    served.pause = timedelta(hours=1)
+    served.restart_agent()
+    served.step()
+    served.operator.say(served.operator.check_script, f"echo checked >> {served.operator.path}/checks; exit 1")
+    served.source.put(authority.issue(1, NAME))
+    refusals = {str(served.step().error) for _ in range(3)}
+    served.source.put(authority.issue(1, NAME))
+    served.step()
+
+    assert len(refusals) == 1
+    assert (served.operator.path / "checks").read_text().split() == ["checked", "checked"]
+
+
+@pytest.mark.parametrize("kind", ["haproxy"])  # nginx looks at no certificate
+def test_a_certificate_that_the_check_names_is_left_out(served: Machine, authority: Authority) -> None:
+    """One that OpenSSL takes and the proxy does not keeps nobody else from being served."""
+    bad, good = authority.issue(2, "bad.example"), authority.issue(3, "good.example")
+    check = served.operator.check_script.read_text().partition("\n")[2].strip().removeprefix("exec ")
+    complain = f"grep bad.example {served.operator.include}/all.list && exit 1"
+    served.operator.say(served.operator.check_script, f"{complain}\nexec {check}")
+    served.source.put(bad)
+    served.source.put(good)
+
+    heartbeat = served.step()
+
+    assert heartbeat.error is None
+    assert heartbeat.unserved.keys() == {bad.id}
+    assert served.leaf("good.example") == good.fingerprint
 
 
 def test_a_failing_check_is_no_veto_against_a_version(served: Machine, gateway: Gateway, ports: Ports) -> None:
