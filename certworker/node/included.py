@@ -293,6 +293,7 @@ class Included:
 
     def _go_back(self, refused: str) -> None:
         """Bring back the set before, and have the proxy read it."""
+        self._told = None
         if self._good is None or self._good == refused:
             return
         self._folder.include_set(self._good)
@@ -321,9 +322,7 @@ class Included:
         """Say whether the running proxy has read exactly these lists."""
         self._lists = lists
         name = self._write_set(self._folder.current)
-        return name == self._folder.included_set() and set(_ask_marks(self._ports(self._folder.current)).values()) == {
-            name
-        }
+        return name == self._folder.included_set() and _find_wrong(self._ports(self._folder.current), name) is None
 
     def swap(self, before: Lists, after: Lists) -> None:  # noqa: ARG002 - they make no difference
         """Refuse: what runs is not ours to talk to."""
