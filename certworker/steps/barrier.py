@@ -29,8 +29,8 @@ def why_not(tx: Transaction, dns_names: Sequence[str], thumbprint: str, silent: 
         return f"no node was heard of within {silent.total_seconds():.0f} s, so nothing answers on port 80"
     if _is_beginning(tx, silent):
         return "the first version was published a moment ago, and no node serves it yet"
-    if idle := [node.node_id for node in live if node.version is None]:
-        return f"{', '.join(idle)}: serves no version yet"
+    if idle := next((node for node in live if node.version is None), None):
+        return f"{idle.node_id}: serves no version yet" + (f": {idle.error}" if idle.error else "")
     if not stateless:
         return None
     rows = thumbprints.of_hosts(tx, dns_names)

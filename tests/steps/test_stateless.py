@@ -252,12 +252,12 @@ def test_proxies_are_waited_for_in_hand_at_first(stateless: World) -> None:
 
 def test_a_node_that_serves_nothing_yet_is_waited_for(world: World) -> None:
     """Also where listeners only pass challenges on: nobody listens on its port 80."""
-    beat = Heartbeat("n1", None, None, Cursor(), "haproxy 2.6.12")
+    beat = Heartbeat("n1", None, None, Cursor(), "haproxy 2.6.12", error="port 80 is taken")
     world.db.write(lambda tx: nodes.record(tx, beat))
     order(world, "a.test")
     go_on(world)
     assert looks(world) == 0
-    assert "n1: serves no version yet" in held(world)
+    assert "n1: serves no version yet: port 80 is taken" in held(world)
 
     world.db.write(lambda tx: nodes.record(tx, replace(beat, version_number=1)))
     go_on(world)
