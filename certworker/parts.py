@@ -15,6 +15,7 @@ from certworker.ca.transport import Transport
 from certworker.core.delivery import EVERYTHING, collect_changes
 from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat
 from certworker.core.snapshot import read_snapshot
+from certworker.errors import InputError, VersionRefused
 from certworker.node.agent import Agent
 from certworker.node.control import PublishedVersion
 from certworker.node.folder import Folder
@@ -122,7 +123,13 @@ class DatabaseSource:
         found = self._app.db.read(versions.find_published)
         if found is None:
             return None
-        return PublishedVersion(found.id, found.number or 0, read_snapshot(found.snapshot_json))
+        try:
+            return PublishedVersion(found.id, found.number or 0, read_snapshot(found.snapshot_json))
+        except InputError as refused:
+            raise VersionRefused(
+                f"version {found.number} cannot be read: {refused}; another program or a newer release wrote it, "
+                "`certworker config publish` serves the rows instead"
+            ) from None
 
     def changes_after(self, cursor: Cursor) -> CertificateChanges:
         db, sealer = self._app.db, self._app.sealer

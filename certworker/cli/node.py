@@ -11,7 +11,7 @@ import click
 
 from certworker import wiring
 from certworker.cli.main import settings_of
-from certworker.cli.output import count, json_option, print_json, print_table
+from certworker.cli.output import count, json_option, print_json, print_table, show
 from certworker.core.transit import EnrolmentToken, check_node_name, check_url
 from certworker.errors import InputError, SettingsError
 from certworker.settings import Settings
@@ -78,6 +78,8 @@ def list_(ctx: click.Context, as_json: bool) -> None:
     for one in document["nodes"]:
         for warning in one["warnings"]:
             click.echo(f"{one['name']}: {warning}")
+    for one in document["invited"]:
+        click.echo(f"{one['name']}: invited until {show(one['expires_at'])}; `certworker node remove` ends that")
     if document["held_back"]:
         click.echo(f"version {document['published']} goes to canaries only: {document['held_back']}")
 
@@ -127,6 +129,7 @@ def _document(tx: Transaction, app: App) -> dict[str, Any]:
     names = sorted({*said, *enrolled})
     return {
         "nodes": [_node(name, said.get(name), enrolled.get(name), now, silent) for name in names],
+        "invited": [{"name": one.name, "expires_at": one.expires_at} for one in enrolments.list_open(tx)],
         "published": versions.published_number(tx),
         "held_back": held_back(tx, silent),
     }

@@ -278,27 +278,36 @@ def find_binary(name: str) -> str:
     return found
 
 
-def free_ports(count: int) -> list[int]:
-    """Return `count` distinct loopback ports that are free now.
-
-    They lie below the range that the kernel gives to outgoing connections, so that a port which is
-    bound only later (the HTTP-01 one) is still free then.
-    """
+def port_range() -> range:
+    """Return the ports below those that the kernel gives to outgoing connections."""
     try:
         top = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except OSError:
         top = 32768
-    bottom = min(10240, top - 1000)
+    return range(min(10240, top - 1000), top)
+
+
+_given: set[int] = set()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return `count` loopback ports that are free now, and that this process was not given before.
+
+    So a port which is bound only later (the HTTP-01 one) is still free then.
+    """
+    choice = port_range()
     with ExitStack() as held:
         ports: list[int] = []
         while len(ports) < count:
-            port = bottom + secrets.randbelow(top - bottom)
+            port = secrets.choice(choice)
             listener = held.enter_context(socket.socket())
             try:
                 listener.bind((HOST, port))
             except OSError:
                 continue
-            ports.append(port)
+            if port not in _given:
+                _given.add(port)
+                ports.append(port)
         return ports
 
 

@@ -150,6 +150,13 @@ def normalise_pair(chain_pem: str, key_pem: str) -> tuple[str, str]:
     return _to_pem(certificates), key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
 
 
+def check_order(chain_pem: str) -> None:
+    """Raise `ChainRefused` unless each certificate is the issuer of the one before it (RFC 8446 §4.4.2)."""
+    certificates = _read_blocks(chain_pem)
+    if _put_in_order(certificates[0], certificates) != certificates:
+        raise ChainRefused("the chain is out of order: the leaf comes first, then whoever issued the one before")
+
+
 def _read_blocks(chain_pem: str) -> list[x509.Certificate]:
     if len(chain_pem) > MAX_CHAIN_BYTES:
         raise ChainRefused(f"the chain has {len(chain_pem)} characters, at most {MAX_CHAIN_BYTES} are read")

@@ -82,6 +82,8 @@ class Agent:
         self._state = load_state(folder)
         self._refused: tuple[str, str] | None = None
         """Id of the version that was refused last, and why."""
+        self._unread = False
+        """Whether the files were written anew and the proxy has not read them yet."""
         self._settled = False
         """Whether the running proxy has been compared with the folder since the agent started."""
         self._proved: dict[str, str] = {}
@@ -125,11 +127,13 @@ class Agent:
         version = self._state.version
         if version is None:
             return
-        differs = (not self._settled or self._proxy.is_outdated()) and self._restore_files(version)
+        if not self._settled or self._proxy.is_outdated():
+            self._unread |= self._restore_files(version)
         if not self._proxy.running():
             self._proxy.start()
-        elif differs or self._proxy.why_not_served(version.number) is not None:
+        elif self._unread or self._proxy.why_not_served(version.number) is not None:
             self._proxy.reload()
+        self._unread = False
         self._settled = True
 
     def _restore_files(self, version: PublishedVersion) -> bool:

@@ -105,14 +105,19 @@ def recognise(db: Database, token: NodeToken) -> Node:
 
 
 def dismiss(db: Database, clock: Clock, name: str, *, actor: str) -> bool:
-    """Remove a node: its token ends, and nobody waits for it any more; False if there was no such node."""
+    """Remove a node: its tokens end, and nobody waits for it any more; False if there was no such node.
+
+    One that was only invited is one, too: its enrolment token ends.
+    """
 
     def write(tx: Connection) -> bool:
+        invited = enrolments.take_back(tx, name)
         node_id = enrolments.remove(tx, name)
         reported = nodes.forget(tx, name)
-        if node_id is not None or reported:
+        known = invited or reported or node_id is not None
+        if known:
             audit.record(tx, "node.removed", {"table": "nodes", "id": node_id, "name": name}, clock(), actor=actor)
-        return node_id is not None or reported
+        return known
 
     return db.write(write)
 

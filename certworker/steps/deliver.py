@@ -4,14 +4,14 @@ The embedded node takes the published version and every certificate. A node on a
 version that is released to it, and the certificates that its listeners can answer with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
 from sqlalchemy import Connection
 
 from certworker.core.certificate import normalise_pair
-from certworker.core.delivery import NOTHING, Canary, Scope, Standing, scope_of, why_held_back
+from certworker.core.delivery import Canary, Scope, Standing, scope_of, why_held_back
 from certworker.core.rollout import CertificateChanges, Cursor, NodeCertificate
 from certworker.core.snapshot import read_snapshot
 from certworker.errors import InputError, SealError
@@ -82,21 +82,27 @@ class Scopes:
     """Which certificates a node needs to serve a version; each is read once, because a version never changes."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Scope] = {}
+        self._known: dict[str, Scope | None] = {}
 
-    def of(self, tx: Connection, version_id: str | None) -> Scope:
-        """Return a version's scope; nothing if there is no such version."""
-        if version_id is None:
-            return NOTHING
-        scope = self._known.get(version_id)
-        if scope is None:
-            found = versions.find_by_id(tx, version_id)
-            if found is None:
-                return NOTHING
+    def of(self, tx: Connection, version_ids: Iterable[str | None]) -> list[Scope]:
+        """Return the scopes of these versions, as far as there are such and this release can read them."""
+        scopes = (self._find(tx, version_id) for version_id in version_ids if version_id is not None)
+        return [scope for scope in scopes if scope is not None]
+
+    def _find(self, tx: Connection, version_id: str) -> Scope | None:
+        if version_id not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            scope = self._known[version_id] = scope_of(read_snapshot(found.snapshot_json))
-        return scope
+            self._known[version_id] = _read_scope(tx, version_id)
+        return self._known[version_id]
+
+
+def _read_scope(tx: Connection, version_id: str) -> Scope | None:
+    found = versions.find_by_id(tx, version_id)
+    try:
+        return None if found is None else scope_of(read_snapshot(found.snapshot_json))
+    except InputError:  # whoever is to serve it says so
+        return None
 
 
 def read_changes(

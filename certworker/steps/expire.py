@@ -1,5 +1,7 @@
 """What is past its end is said to be so: certificate `expired`, its lineage and policies `error`.
 
+What was uploaded before its time is looked at again when that comes.
+
 And back: `expired` says nothing but the time. When a clock ran ahead and is put right, certificates that
 have not ended after all are `active` again.
 """
@@ -11,7 +13,7 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.store import certificates, lineages, policies
+from certworker.store import certificates, changes, lineages, policies, settings_kv
 from certworker.store.certificates import StoredCertificate
 from certworker.store.database import Database
 
@@ -24,10 +26,25 @@ _Flip = Callable[[Connection, datetime], int]
 
 def expire(db: Database, clock: Clock) -> int:
     """Flip every certificate that is `active` past `expires_at`, or `expired` before it; return how many expired."""
+    db.write(lambda tx: _start(tx, clock()))
     back = _all_pages(db, clock, _bring_back_page)
     if back:
         _log.warning("certificates.not_expired_after_all", extra={"count": back})
     return _all_pages(db, clock, _expire_page)
+
+
+def _start(tx: Connection, now: datetime) -> None:
+    """Note the uploaded certificates that have become valid, so that they are taken over."""
+    first = settings_kv.find(tx, settings_kv.NOT_YET_VALID)
+    if first is None or datetime.fromisoformat(first) > now:
+        return
+    waiting = certificates.not_yet_valid(tx)
+    changes.note(tx, changes.CERTIFICATE, [one for one, not_before in waiting.items() if not_before <= now])
+    later = [not_before for not_before in waiting.values() if not_before > now]
+    if later:
+        settings_kv.put(tx, settings_kv.NOT_YET_VALID, min(later).isoformat())
+    else:
+        settings_kv.forget(tx, settings_kv.NOT_YET_VALID)
 
 
 def _all_pages(db: Database, clock: Clock, flip_page: _Flip) -> int:

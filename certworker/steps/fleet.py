@@ -85,7 +85,7 @@ class Fleet:
         # a stolen token would say a version that has what this node was to have no longer.
         recent = {wanted, *(settings_kv.find(tx, key) for key in _RECENT)}
         served = said.version_id if said is not None and said.version_id in recent else None
-        return join_scopes(self._scopes.of(tx, version_id) for version_id in {wanted, served})
+        return join_scopes(self._scopes.of(tx, {wanted, served}))
 
 
 def _version_id(tx: Connection, node: Node) -> str | None:

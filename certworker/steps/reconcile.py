@@ -14,7 +14,7 @@ from functools import partial
 from sqlalchemy import Connection
 
 from certworker.clock import Clock
-from certworker.core.certificate import normalise_pair, read_leaf
+from certworker.core.certificate import CLOCK_TOLERANCE, Leaf, check_order, normalise_pair, read_leaf
 from certworker.core.names import MAX_NAMES, check_name
 from certworker.errors import ChainRefused, InputError, NameRefused, SealError, StoreError, StoreRefused
 from certworker.steps import thumbprints
@@ -200,16 +200,32 @@ def _take_pair(tx: Connection, certificate: StoredCertificate, sealer: Sealer, n
     try:
         _, key_pem = normalise_pair(certificate.cert_pem, sealer.open(certificate.key_pem, **place))
         leaf = read_leaf(certificate.cert_pem)
+        check_order(certificate.cert_pem)
     except (InputError, ChainRefused, SealError) as error:
         certificates.set_status(tx, certificate.id, "error", now)
         return "error", str(error)
     status, reason = "active", "the pair can be served"
     if leaf.validity.not_after <= now:
         status, reason = "expired", f"valid until {leaf.validity.not_after.isoformat()}"
-    elif certificate.status == "error" and certificate.fingerprint == leaf.fingerprint:
+    elif certificate.lineage_id is None and leaf.validity.not_before > now + CLOCK_TOLERANCE:
+        status, reason = "error", f"valid from {leaf.validity.not_before.isoformat()} only, and served from then on"
+        _await_start(tx, leaf.validity.not_before)
+    elif _is_called_bad(tx, certificate, leaf):
         status, reason = "error", "another program says so of this certificate"
     certificates.describe(tx, certificate.id, leaf, sealer.seal(key_pem, **place), now, status=status)
     return status, reason
+
+
+def _is_called_bad(tx: Connection, certificate: StoredCertificate, leaf: Leaf) -> bool:
+    said = certificate.status == "error" and certificate.fingerprint == leaf.fingerprint
+    return said and not certificates.came_early(tx, certificate.id)  # else it was we who said so
+
+
+def _await_start(tx: Connection, not_before: datetime) -> None:
+    """See that `expire` looks again when an uploaded certificate becomes valid."""
+    first = settings_kv.find(tx, settings_kv.NOT_YET_VALID)
+    if first is None or not_before < datetime.fromisoformat(first):
+        settings_kv.put(tx, settings_kv.NOT_YET_VALID, not_before.isoformat())
 
 
 def _take_removal(tx: Connection, certificate_id: str, now: datetime) -> None:

@@ -176,7 +176,7 @@ def await_ca(bench: Bench, session: Session) -> None:
 
 def await_proxies(bench: Bench, session: Session, unready: str) -> None:
     """Keep an order whose challenges not every proxy can answer: a CA that looked now would fail the name."""
-    hint = "nothing was asked of the CA; see `certworker node list` for the node, or remove one that is gone for good"
+    hint = "the order waits: see `certworker node list` for the node, or remove one that is gone for good"
     put_off(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:proxies", unready, hint))
 
 

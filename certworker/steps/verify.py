@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from certworker.clock import Clock
 from certworker.steps.deliver import Scopes
-from certworker.store import lineages, nodes, versions
+from certworker.store import enrolments, lineages, nodes, settings_kv, versions
 from certworker.store.database import Database
 from certworker.store.lineages import Unserved
 from certworker.store.nodes import NodeStatus
@@ -21,7 +21,7 @@ OVERDUE = timedelta(minutes=5)
 """A certificate that some node does not serve so long after it came is an alert."""
 
 
-NOWHERE = "no https listener of the published version names its policy"
+NOWHERE = "no https listener of the version that nodes are given names its policy"
 
 
 def verify(db: Database, clock: Clock, scopes: Scopes, silent: timedelta) -> int:
@@ -57,13 +57,23 @@ def count_overdue(db: Database, clock: Clock) -> int:
 
 
 def unlisted(tx: Connection, lineage_ids: Iterable[str], scopes: Scopes) -> set[str]:
-    """Return the lineages among these whose policies no https listener of the published version names."""
-    published_id = versions.published_id(tx)
-    if published_id is None:  # what the proxies serve is not ours then
-        return set()
-    scope = scopes.of(tx, published_id)
+    """Return the lineages among these whose policies no https listener names of the version that nodes are given."""
+    asked = scopes.of(tx, _to_be_served(tx))
     linked = lineages.policy_ids_of(tx, lineage_ids)
-    return {lineage_id for lineage_id, policy_ids in linked.items() if lineage_id and not scope.covers(policy_ids)}
+    return {
+        lineage_id
+        for lineage_id, policy_ids in linked.items()
+        if lineage_id is not None and not all(scope.covers(policy_ids) for scope in asked)
+    }
+
+
+def _to_be_served(tx: Connection) -> set[str | None]:
+    """Return the published version, and what enrolled nodes get as long as canaries try that one.
+
+    There is none where what the proxies serve is not ours.
+    """
+    follow = any(not node.canary for node in enrolments.list_present(tx))
+    return {versions.published_id(tx), settings_kv.find(tx, settings_kv.RELEASED_VERSION) if follow else None}
 
 
 def missing(unserved: Unserved, node: NodeStatus) -> str | None:

@@ -153,6 +153,25 @@ def unexpired(tx: Connection, now: datetime, limit: int) -> list[StoredCertifica
     return [to_value(StoredCertificate, row) for row in tx.execute(query)]
 
 
+def not_yet_valid(tx: Connection) -> dict[str, datetime]:
+    """Return the uploaded certificates that came too early, and when they become valid. Looks at every row."""
+    query = select(certificates.c.id, certificates.c.not_before).where(*_EARLY)
+    return {row[0]: row[1] for row in tx.execute(query)}
+
+
+def came_early(tx: Connection, certificate_id: str) -> bool:
+    """Say whether it is one of these."""
+    query = select(certificates.c.id).where(certificates.c.id == certificate_id, *_EARLY)
+    return tx.execute(query).first() is not None
+
+
+_EARLY = (
+    certificates.c.lineage_id.is_(None),
+    certificates.c.status == "error",
+    certificates.c.not_before > certificates.c.updated_at,
+)
+
+
 def changed_since(tx: Connection, revision: int, limit: int) -> list[StoredCertificate]:
     """Return a page of what changed after `revision`, in its order."""
     query = select(*_COLUMNS).where(certificates.c.revision > revision).order_by(certificates.c.revision).limit(limit)

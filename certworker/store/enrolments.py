@@ -97,9 +97,22 @@ def list_present(tx: Connection) -> list[EnrolledNode]:
     return [to_value(EnrolledNode, row) for row in tx.execute(query)]
 
 
+def list_open(tx: Connection) -> list[Enrolment]:
+    """Return the enrolments that a node can still use, by name."""
+    query = select(*columns_of(Enrolment, enrolments)).where(
+        enrolments.c.node_id.is_(None), enrolments.c.expires_at > db_now()
+    )
+    return [to_value(Enrolment, row) for row in tx.execute(query.order_by(enrolments.c.name))]
+
+
+def take_back(tx: Connection, name: str) -> bool:
+    """End every enrolment in a name; False if there was none that could still be used."""
+    gone = delete(enrolments).where(enrolments.c.name == name)
+    return any(node_id is None for node_id in tx.execute(gone.returning(enrolments.c.node_id)).scalars())
+
+
 def remove(tx: Connection, name: str) -> str | None:
-    """End a node's token, and every enrolment in its name; return the node's id, None if there is no such node."""
-    tx.execute(delete(enrolments).where(enrolments.c.name == name))
+    """End a node's token; return the node's id, None if there is no such node."""
     row = update(nodes).where(nodes.c.name == name, nodes.c.removed_at.is_(None)).values(removed_at=db_now())
     return tx.execute(row.returning(nodes.c.id)).scalar()
 

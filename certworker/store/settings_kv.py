@@ -19,6 +19,8 @@ RELEASED_VERSION = "released_version"
 """Id of the version that nodes get that are no canaries."""
 RELEASED_BEFORE = "released_before"
 """Id of the version that they got before it."""
+NOT_YET_VALID = "not_yet_valid"
+"""When the first of the uploaded certificates that are not valid yet will be."""
 WRITTEN_AT = "written_at"
 """Written to find out whether the database can be."""
 

@@ -1,7 +1,5 @@
 """`node` and `agent`, as typed."""
 
-from pathlib import Path
-
 import pytest
 
 from certworker.core.transit import read_enrolment_token
@@ -49,6 +47,21 @@ def test_what_enroll_refuses(cli: Cli, words: list[str], said: str) -> None:
     cli("node", "enroll", *words).refused(2, said)
 
 
+def test_an_invitation_is_listed_and_can_be_taken_back(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its token would make a node until its time is over."""
+    monkeypatch.setenv("CERTWORKER_NODE_LISTEN", "127.0.0.1:8401")
+    ok(cli, "node", "enroll", "gw7")
+    (invited,) = ok(cli, "node", "list", "--json").json["invited"]
+    assert invited["name"] == "gw7"
+    assert "gw7: invited until" in ok(cli, "node", "list").out
+
+    ok(cli, "node", "remove", "gw7")
+
+    assert ok(cli, "node", "list", "--json").json["invited"] == []
+    assert "node.removed" in cli.audited()
+    cli("node", "remove", "gw7").refused(2, "there is no node 'gw7'")
+
+
 def test_a_name_is_one_nodes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another node that reports under it is not shadowed."""
     monkeypatch.setenv("CERTWORKER_NODE_LISTEN", "127.0.0.1:8401")
@@ -66,7 +79,7 @@ def test_a_name_is_one_nodes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     ok(cli, "node", "enroll", "box")
 
 
-def test_an_agent_without_a_token(cli: Cli, tmp_path: Path) -> None:
+def test_an_agent_without_a_token(cli: Cli) -> None:
     """Says what to do; a wrong token is not shown."""
     folder = str(cli.folder / "n")
     cli("agent", "--folder", folder).refused(2, "certworker node enroll NAME")
@@ -76,9 +89,9 @@ def test_an_agent_without_a_token(cli: Cli, tmp_path: Path) -> None:
     cli("agent", "--folder", "x" * 200).refused(1, "too long for the path of a socket")
 
 
-def test_an_agent_beside_a_proxy_of_its_own(cli: Cli, tmp_path: Path) -> None:
+def test_an_agent_beside_a_proxy_of_its_own(cli: Cli) -> None:
     """Its commands are looked at before anything is done."""
-    folder = str(tmp_path / "agent")
+    folder = str(cli.folder / "n")
 
     cli("agent", "--folder", folder, "--check", "nginx -t").refused(2, "say --reload too")
     cli("agent", "--folder", folder, "--reload", "systemctl 'reload").refused(2, "must be a command line")

@@ -17,7 +17,7 @@ from certworker.steps.reap import HISTORY, TOKENS, reap
 from certworker.steps.renew import outcome, request
 from certworker.steps.scan import scan
 from certworker.steps.verify import unlisted, verify
-from certworker.store import counters, gateway, lineages, nodes, policies, versions
+from certworker.store import counters, gateway, lineages, nodes, policies, settings_kv, versions
 from certworker.store.rows import new_id
 
 from .world import World
@@ -254,6 +254,50 @@ def test_what_no_listener_names_is_served_by_nobody(world: World) -> None:
     assert world.lineage("b.test").served_at is None
     ids = [world.lineage(name).id for name in ("a.test", "b.test")]
     assert world.db.read(lambda tx: unlisted(tx, ids, Scopes())) == {world.lineage("b.test").id}
+
+
+def test_what_enrolled_nodes_are_not_given_yet_is_served_by_nobody(world: World) -> None:
+    """A canary tries the version that brings the listener; the others have nothing of it, and nothing against it."""
+    world.issue("a.test")
+    listen(world, 80, "http")
+    release(world)
+    world.execute(
+        "INSERT INTO nodes (id, name, token_hash, canary, enrolled_at) VALUES (:id, 'gw1', 'x', false, :at)",
+        id=new_id(), at="2026-01-01T00:00:00.000000Z",
+    )  # fmt: skip
+    listen(world, 443, "https")
+    publish(world.db, world.clock, DEFAULTS)
+    beat(world, "gw1", revision_of(world))
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 0
+
+    release(world)
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 1
+
+
+def listen(world: World, port: int, protocol: str) -> None:
+    world.execute(
+        f"INSERT INTO listeners (id, name, port, protocol, enabled) VALUES (:id, 'a', {port}, '{protocol}', true)",
+        id=new_id(),
+    )
+
+
+def release(world: World) -> None:
+    """Publish the rows, and let every node have them."""
+    publish(world.db, world.clock, DEFAULTS)
+    published_id = world.db.read(versions.published_id)
+    assert published_id is not None
+    world.db.write(lambda tx: settings_kv.put(tx, settings_kv.RELEASED_VERSION, published_id))
+
+
+def test_a_version_that_cannot_be_read_hides_nothing(world: World) -> None:
+    """What the nodes prove counts: they serve on what they had."""
+    world.issue("a.test")
+    listen(world, 80, "http")
+    publish(world.db, world.clock, DEFAULTS)
+    world.execute("""UPDATE config_versions SET snapshot_json = '{"schema_version": 99}'""")
+    beat(world, "n1", revision_of(world))
+
+    assert verify(world.db, world.clock, Scopes(), SILENT) == 1
 
 
 @pytest.mark.parametrize("metadata", ["[1]", '"text"', "7", '{"cursor": 3, "unserved": [], "error": {}}'])

@@ -6,7 +6,9 @@ from datetime import timedelta
 
 import pytest
 
+from certworker.core.certificate import read_leaf
 from certworker.core.issuance import State
+from certworker.steps.expire import expire
 from certworker.steps.reconcile import SWEEP, reconcile
 from certworker.steps.scan import scan
 from certworker.store import certificates, policies
@@ -238,6 +240,40 @@ def test_a_foreign_certificate_that_cannot_be_served_is_an_error(world: World, f
     assert world.rows(f"SELECT status FROM certificates WHERE id = '{CERTIFICATE}'") == [("error",)]
     assert world.policy_status(POLICY) == "error"
     assert world.rows("SELECT count(*) FROM audit_logs WHERE action = 'certificate.error'") == [(1,)]
+
+
+def test_an_upload_that_is_not_valid_yet_serves_when_it_is(world: World) -> None:
+    """It must not take over from one that visitors accept; until then it is an error with the date."""
+    chain_pem, key_pem = pair_of(world, "m.test")
+    world.execute("DELETE FROM certificates")
+    insert_policy(world, ["m.test"], mode="manual")
+    insert_certificate(world, chain_pem, key_pem)
+    start = read_leaf(chain_pem).validity.not_before
+    world.clock.now = start - timedelta(days=3)
+    world.take_over()
+    (reason,) = [row[0] for row in world.rows("SELECT diff FROM audit_logs WHERE action = 'certificate.error'")]
+    assert "served from then on" in str(reason)
+    assert world.policy_status(POLICY) == "error"
+    world.take_over()
+
+    world.clock.now = start + timedelta(minutes=1)
+    expire(world.db, world.clock)
+    world.take_over()
+
+    assert world.rows(f"SELECT status FROM certificates WHERE id = '{CERTIFICATE}'") == [("active",)]
+    assert world.policy_status(POLICY) == "active"
+
+
+def test_an_upload_whose_chain_is_out_of_order_is_an_error(world: World) -> None:
+    """Some clients would fail with it."""
+    chain_pem, key_pem = pair_of(world, "m.test")
+    stranger, _ = pair_of(world, "n.test")
+    world.execute("DELETE FROM certificates")
+    insert_certificate(world, chain_pem + stranger, key_pem)
+
+    world.take_over()
+
+    assert world.rows(f"SELECT status FROM certificates WHERE id = '{CERTIFICATE}'") == [("error",)]
 
 
 def test_a_deleted_certificate_is_issued_again_and_leaves_a_tombstone(world: World) -> None:
