@@ -1,7 +1,7 @@
 # What a person does with a checkout. `tools/setup` installs what a target needs and is instant after that.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup check test soak lock clean
+.PHONY: help demo setup check test soak bench lock clean
 
 BIN := .venv/bin
 # HAProxy and nginx are in /usr/sbin, which is not on everybody's PATH; Pebble is in a folder of ours.
@@ -32,11 +32,17 @@ test: setup ## every test, on real PostgreSQL, Pebble, HAProxy and nginx; ARGS="
 soak: setup ## workers, faults and renewals for MINUTES=10; ARGS="--help" says what else there is
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(ARGS)
 
-lock: setup ## make both lock files anew, for the newest versions that pyproject.toml allows
+bench: setup ## certworker beside its peers, and with a million certificates; ARGS="race certworker:1000" for some
+	@tools/install-peers
+	$(BIN)/python -m tests.bench $(ARGS)
+
+lock: setup ## make the lock files anew, for the newest versions that pyproject.toml allows
 	$(COMPILE) --upgrade --group build --output-file requirements.lock
 	$(COMPILE) --upgrade --group dev --output-file requirements-dev.lock
-	@! grep -n '://' requirements.lock requirements-dev.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		--no-emit-index-url --upgrade --group bench --output-file requirements-bench.lock
+	@! grep -n '://' requirements*.lock
 
 clean: ## remove what the other targets made
-	rm -rf .venv .tools .certworker build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .tools .bench .certworker build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

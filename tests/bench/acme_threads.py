@@ -1,6 +1,6 @@
 """The Python ACME library as it is documented: one `acme.client.ClientV2` over requests, shared by threads.
 
-`python acme_threads.py DIRECTORY CA_FILE HTTP_PORT FOLDER THREADS` with the names on stdin leaves NAME.crt and NAME.key.
+`python acme_threads.py DIRECTORY CA_FILE HTTP_PORT FOLDER THREADS` with the names on stdin leaves NAME.crt, NAME.key.
 """
 
 import collections

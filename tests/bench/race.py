@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from certworker.cli.pebble import NINETY_DAYS, Pebble
-from tests.bench.contestants import CONTESTANTS, ROOT, Job, Task
+from tests.bench.contestants import CONTESTANTS, ROOT, Contestant, Job, Task
 from tests.conftest import PostgresServer
 
 LIMIT = 600.0
@@ -25,7 +25,7 @@ QUIET = 15.0
 """Seconds without a request after which a run is given up: the longest pause of a peer is Caddy's limiter's 10."""
 LOOK = 0.02
 TRIES = 4
-"""Runs of one contestant in one round, at most: Pebble deadlocks, its DNS stand-in refuses when hundreds ask at once."""
+"""Runs of one contestant in one round, at most: Pebble deadlocks, and its DNS stand-in refuses when hundreds ask."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -72,7 +72,7 @@ class Terms:
     delay: float = 0.0
     """Seconds that the CA is farther away."""
     gomaxprocs: int = 1
-    tell: Callable[[Run], None] = field(default=lambda run: None)
+    tell: Callable[[Run], object] = field(default=print)
 
 
 def race(entries: Sequence[tuple[str, int]], rounds: int, terms: Terms) -> list[Run]:
@@ -81,7 +81,7 @@ def race(entries: Sequence[tuple[str, int]], rounds: int, terms: Terms) -> list[
     for number in range(rounds):
         for name, count in entries:
             for _ in range(TRIES):
-                run = run_once(name, count, terms)
+                run = run_once(name, CONTESTANTS[name], count, terms)
                 run.round = number
                 runs.append(run)
                 terms.tell(run)
@@ -90,9 +90,9 @@ def race(entries: Sequence[tuple[str, int]], rounds: int, terms: Terms) -> list[
     return runs
 
 
-def run_once(name: str, count: int, terms: Terms) -> Run:
+def run_once(name: str, contestant: Contestant, count: int, terms: Terms) -> Run:
     """Run one contestant against a fresh Pebble."""
-    contestant, names = CONTESTANTS[name], [f"n{number:06d}.example.test" for number in range(count)]
+    names = [f"n{number:06d}.example.test" for number in range(count)]
     options = {"nonce_reject": 0, "authz_reuse": 0, "profiles": {"default": NINETY_DAYS}}
     with (
         TemporaryDirectory(prefix=f"bench-{name}-") as folder,
@@ -121,8 +121,12 @@ def _measure(name: str, job: Job, task: Task, postgres: PostgresServer | None) -
             cwd=task.folder, start_new_session=True,
         )  # fmt: skip
         memory = PeakMemory(process.pid)
-        fault, usage, seconds = _await_end(process, job, task.ca, began)
-        memory.stop()
+        try:
+            fault, usage, seconds = _await_end(process, job, task.ca, began)
+        finally:
+            memory.stop()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it left behind, or all of it after Ctrl-C
     cpu = {key: tree_cpu(pid) - cpu_before[key] for key, pid in servers.items()}
     issued = count_good(job.kept(), task.names)
     asked = {f"{method} {path}": n for (method, path), n in (task.ca.requests() - asked_before).items()}

@@ -1,0 +1,283 @@
+"""Many lineages: what is due is found, claimed and passed over; the service starts.
+
+The rows are written in bulk, past certworker, as it would have left them after issuing them all: a policy, a lineage, a
+certificate and a finished issuance for each name, 500 of them due, the others planned over the next weeks. What is
+timed is certworker's own code on them, each figure the median of REPEATS.
+"""
+
+import json
+import os
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from sqlalchemy import delete, update
+
+from certworker import wiring
+from certworker.cli.pebble import free_ports
+from certworker.clock import system_clock
+from certworker.settings import Settings, load
+from certworker.steps.expire import expire
+from certworker.steps.reconcile import reconcile
+from certworker.steps.scan import scan
+from certworker.store import issuances as open_ones
+from certworker.store import lineages as those
+from certworker.store import schema, settings_kv
+from certworker.store.database import sqlite_path
+from certworker.store.rows import new_id
+from certworker.store.tables import issuances, lineages
+from tests.bench.contestants import ROOT
+from tests.bench.race import resident, tree_cpu
+
+DUE = 500
+REPEATS = 7
+DIRECTORY = "https://127.0.0.1:1/dir"
+"""Nobody is there, and nobody is asked."""
+IDLE = 10.0
+"""Seconds after which a service that has started is looked at again."""
+_PEM = "-----BEGIN CERTIFICATE-----\n" + ("A" * 64 + "\n") * 20 + "-----END CERTIFICATE-----\n"
+_SEALED = "cw1." + "A" * 380
+_TABLES = ("tls_policies", "lineages", "lineage_names", "policy_lineages", "certificates", "issuances")
+
+Figures = dict[str, float]
+
+
+def measure(folder: Path, database_url: str, count: int) -> Figures:
+    """Fill an empty database with `count` lineages and return milliseconds, seconds and MiB by what was measured."""
+    (api, responder) = free_ports(2)
+    environ = {
+        "DATA_DIR": str(folder / "data"), "DATABASE_URL": database_url, "ACME_DIRECTORY_URL": DIRECTORY,
+        "ACME_PRIVATE_CA": "true", "ACME_TOS_AGREED": "true", "API_LISTEN": f"127.0.0.1:{api}",
+        "RESPONDER_LISTEN": f"127.0.0.1:{responder}", "LOG_LEVEL": "warning",
+    }  # fmt: skip
+    settings = load({f"CERTWORKER_{name}": value for name, value in environ.items()})
+    wiring.initialise(settings, schema.upgrade)
+    bare = _start(settings)
+    began = time.monotonic()
+    fill(settings, count)
+    app = wiring.open_app(settings)
+    figures = {"rows written in bulk, s": time.monotonic() - began} | _look(app)
+    app.db.write(lambda tx: _put_off(tx, app.clock()))
+    figures |= _passes(app)
+    app.close()
+    full = _start(settings)
+    figures |= {f"`certworker run`: {name}": value for name, value in full.items()}
+    figures["... more MiB than with no lineage, when ready"] = full["MiB when ready"] - bare["MiB when ready"]
+    figures[f"... and {IDLE:g} s later"] = full[f"MiB {IDLE:g} s later"] - bare[f"MiB {IDLE:g} s later"]
+    figures["... s to be ready with no lineage"] = bare["s until ready"]
+    return figures
+
+
+# -- rows -------------------------------------------------------------------------------------------
+
+
+def rows(count: int, now: datetime) -> Iterator[dict[str, dict[str, Any]]]:
+    """Give the rows of one lineage after the other, by table."""
+    for number in range(count):
+        digest = sha256(str(number).encode()).hexdigest()
+        policy_id, lineage_id, certificate_id, issuance_id = (_uuid(digest[at : at + 16], at) for at in (0, 16, 32, 48))
+        name, is_due = (
+            f"n{number:07d}.example.test",
+            number % max(1, count // DUE) == 0 and number // max(1, count // DUE) < DUE,
+        )
+        since = now - timedelta(days=70 if is_due else 10, seconds=number % 86400)
+        until, renew_at = since + timedelta(days=90), since + timedelta(days=60)
+        names, hashed = [name], sha256(name.encode()).hexdigest()
+        stamps = {"created_at": since, "updated_at": since}
+        of_leaf = {"serial": digest[:32], "fingerprint": digest, "not_before": since}
+        yield {
+            "tls_policies": {"id": policy_id, "mode": "auto", "domains": names, "status": "active", **stamps},
+            "lineages": {
+                "id": lineage_id, "dns_names": names, "names_hash": hashed, "directory_url": DIRECTORY, "profile": "",
+                "key_type": "ecdsa-p256", "status": "active", "certificate_id": certificate_id,
+                "issuance_id": issuance_id, "not_before": since, "not_after": until, "renew_at": renew_at,
+                "next_check_at": now - timedelta(seconds=1) if is_due else renew_at, "served_at": since,
+                "ari_check_at": now + timedelta(hours=6), **stamps,
+            },
+            "lineage_names": {"dns_name": name, "lineage_id": lineage_id},
+            "policy_lineages": {"policy_id": policy_id, "lineage_id": lineage_id, "lineage_status": "active"},
+            "certificates": {
+                "id": certificate_id, "domain": name, "cert_pem": _PEM, "key_pem": _SEALED, "expires_at": until,
+                "status": "active", "lineage_id": lineage_id, "dns_names": names, "revision": number + 1, **of_leaf,
+                **stamps,
+            },
+            "issuances": {
+                "id": issuance_id, "lineage_id": lineage_id, "reason": "missing", "state": "done", "state_at": since,
+                "attempt_at": since, "key_pem": _SEALED, "csr_der": b"csr", "chain_pem": _PEM, "names_hash": hashed,
+                "spki_sha256": digest, "closed_at": since, "dns_names": names, "not_after": until,
+                "created_at": since, **of_leaf,
+            },
+        }  # fmt: skip
+
+
+def _uuid(digits: str, version: int) -> str:
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8000-{version:012x}"
+
+
+def fill(settings: Settings, count: int) -> None:
+    """Write the rows of `count` lineages, and what was noted of them away."""
+    path, now = sqlite_path(settings.database_url), datetime.now(UTC)
+    if path is None:
+        _fill_postgresql(settings.database_url, count, now)
+    else:
+        _fill_sqlite(path, count, now)
+    app = wiring.open_app(settings)
+    kept = {settings_kv.ISSUER: app.wanted.fingerprint, settings_kv.LAST_SWEEP_AT: now.isoformat()}
+    for key, value in kept.items():
+        app.db.write(lambda tx: settings_kv.put(tx, key, value))  # noqa: B023
+    app.close()
+
+
+def _fill_sqlite(path: Path, count: int, now: datetime) -> None:
+    connection = sqlite3.connect(path)
+    for pragma in ("synchronous=OFF", "cache_size=-2000000", "foreign_keys=OFF"):
+        connection.execute(f"PRAGMA {pragma}")
+    with connection:
+        every = rows(count, now)
+        while page := list(islice(every, 10_000)):
+            for table in _TABLES:
+                columns = page[0][table]
+                marks = ", ".join("?" * len(columns))
+                values = [[_for_sqlite(value) for value in row[table].values()] for row in page]
+                connection.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", values)
+            connection.execute("DELETE FROM changes")
+        connection.execute("UPDATE counters SET value = ? WHERE name = 'revision'", (count,))
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.execute("ANALYZE")
+    connection.commit()
+    connection.close()
+
+
+def _for_sqlite(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%dT%H:%M:%S.%f}Z"
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def _fill_postgresql(url: str, count: int, now: datetime) -> None:
+    with ExitStack() as stack:
+        copies = {table: stack.enter_context(_copy(stack, url, table, now)) for table in _TABLES}
+        for row in rows(count, now):
+            for table, copy in copies.items():
+                copy.write_row(list(row[table].values()))
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("UPDATE counters SET value = %s WHERE name = 'revision'", (count,))
+        connection.execute("VACUUM ANALYZE")
+        connection.execute("CHECKPOINT")
+
+
+def _copy(stack: ExitStack, url: str, table: str, now: datetime) -> AbstractContextManager[psycopg.Copy]:
+    """Return a COPY of its own connection."""
+    connection = stack.enter_context(psycopg.connect(url))
+    connection.execute("SET session_replication_role = replica")  # no triggers, no checks of foreign keys
+    return connection.cursor().copy(f"COPY {table} ({', '.join(next(rows(1, now))[table])}) FROM STDIN")
+
+
+# -- figures ----------------------------------------------------------------------------------------
+
+
+def _look(app: wiring.App) -> Figures:
+    """Find, queue and claim the 500 that are due, again and again."""
+    figures: dict[str, list[float]] = {}
+    for _ in range(REPEATS):
+        _look_once(app, figures)
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def _look_once(app: wiring.App, figures: dict[str, list[float]]) -> None:
+    now, worker = app.clock(), new_id()
+    _time(figures, f"{DUE} due found, ms", lambda: app.db.read(lambda tx: those.due(tx, now, DUE)), DUE)
+    report = _time(figures, f"{DUE} due queued (scan), ms", lambda: scan(app.db, app.clock))
+    assert report.queued == DUE, report
+    soon = app.clock() + timedelta(seconds=1)
+
+    def claim(count: int) -> list[open_ones.Issuance]:
+        return app.db.write(lambda tx: open_ones.claim(tx, worker, soon, count))
+
+    _time(figures, f"{DUE} claimed, ms", lambda: claim(DUE), DUE)
+    app.db.write(lambda tx: _again(tx, now))
+
+
+def _time(figures: dict[str, list[float]], name: str, act: Callable[[], Any], expected: int | None = None) -> Any:
+    began = time.perf_counter()
+    done = act()
+    figures.setdefault(name, []).append((time.perf_counter() - began) * 1000)
+    assert expected is None or len(done) == expected, (name, len(done))
+    return done
+
+
+def _again(tx: Any, now: datetime) -> None:
+    """Take back what the scan queued."""
+    tx.execute(delete(issuances).where(open_ones._OPEN))
+    later = lineages.c.next_check_at.between(now, now + timedelta(hours=2))
+    tx.execute(update(lineages).where(later).values(next_check_at=now - timedelta(seconds=1)))
+
+
+def _put_off(tx: Any, now: datetime) -> None:
+    """Let nothing be due."""
+    tx.execute(update(lineages).where(lineages.c.next_check_at <= now).values(next_check_at=now + timedelta(days=1)))
+
+
+def _passes(app: wiring.App) -> Figures:
+    """Time what the timetable does when there is nothing to do."""
+    figures: dict[str, list[float]] = {}
+    steps: Mapping[str, Callable[[], Any]] = {
+        "nothing due: the query, ms": lambda: app.db.read(lambda tx: those.due(tx, app.clock(), DUE)),
+        "nothing due: scan, ms": lambda: scan(app.db, app.clock),
+        "nothing due: claim, ms": lambda: app.db.write(lambda tx: open_ones.claim(tx, new_id(), app.clock(), 16)),
+        "nothing noted: reconcile, ms": lambda: reconcile(app.db, system_clock, app.wanted, app.sealer),
+        "nothing ended: expire, ms": lambda: expire(app.db, app.clock),
+    }
+    for _ in range(REPEATS):
+        for name, act in steps.items():
+            _time(figures, name, act)
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def _start(settings: Settings) -> Figures:
+    """Start the service; return how long until it is ready, and what it holds then and later."""
+    environ = {f"CERTWORKER_{name.upper()}": str(getattr(settings, name)) for name in (
+        "data_dir", "database_url", "acme_directory_url", "acme_private_ca", "acme_tos_agreed", "api_listen",
+        "responder_listen", "log_level",
+    )}  # fmt: skip
+    began = time.monotonic()
+    argv = [sys.executable, "-m", "certworker", "run"]
+    with subprocess.Popen(argv, cwd=ROOT, env=os.environ | environ, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not _is_ready(settings.api_listen):
+                assert process.poll() is None, "the service has ended"
+                assert time.monotonic() < began + 120, "the service is not ready"
+                time.sleep(0.02)
+            ready, memory = time.monotonic() - began, resident(process.pid)
+            used = tree_cpu(process.pid)
+            time.sleep(IDLE)
+            later = resident(process.pid)
+            idle = (tree_cpu(process.pid) - used) / IDLE * 100
+        finally:
+            process.send_signal(signal.SIGTERM)
+    mib = 2**20
+    return {
+        "s until ready": ready, "MiB when ready": memory / mib, f"MiB {IDLE:g} s later": later / mib,
+        "% of a core in between": idle,
+    }  # fmt: skip
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{address}/readyz", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.HTTPError):
+        return False
