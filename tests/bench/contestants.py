@@ -4,6 +4,7 @@ Configuration is made before the clock starts, as an operator has it before the 
 script, or for certworker a data folder (`certworker init`) and one row of `tls_policies` for each name.
 """
 
+import compileall
 import json
 import os
 import shlex
@@ -86,6 +87,7 @@ def certworker(task: Task, *command: str, workers: int = 1, until_active: bool =
         "DATABASE_URL": task.database_url, "LOG_LEVEL": "warning", **settings,
     }  # fmt: skip
     environ = {f"CERTWORKER_{name}": value for name, value in ours.items()} | {"PYTHONPATH": str(ROOT)}
+    compileall.compile_dir(ROOT / "certworker", quiet=1)  # as an installed package is
     init = [sys.executable, "-m", "certworker", "init"]
     subprocess.run(init, env=os.environ | environ, cwd=task.folder, check=True, capture_output=True)
     app = wiring.open_app(load(environ))
