@@ -159,16 +159,18 @@ def _profile(asked: argparse.Namespace) -> int:
 
 
 def _scale(asked: argparse.Namespace) -> int:
-    figures = []
+    path = RESULTS / "scale.json"
+    kept = json.loads(path.read_text())["figures"] if path.exists() else []
+    found = {(one["database"], one["lineages"]): one for one in kept}
     for database in asked.database or ["sqlite", "postgresql"]:
         for lineages in asked.sizes:
             with _database(database) as (folder, url):
-                figures.append(
-                    {"database": database, "lineages": lineages, "figures": scale.measure(folder, url, lineages)}
-                )
-            print(json.dumps(figures[-1]), file=sys.stderr, flush=True)
-    _keep("scale", figures=figures)
-    print("\n".join(report.scale_table(figures)))
+                figures = scale.measure(folder, url, lineages)
+            found[database, lineages] = {"database": database, "lineages": lineages, "figures": figures}
+            print(json.dumps(found[database, lineages]), file=sys.stderr, flush=True)
+            in_order = sorted(found.values(), key=lambda one: (one["database"] != "sqlite", one["lineages"]))
+            _keep("scale", figures=in_order)
+    print("\n".join(report.scale_table(in_order)))
     return 0
 
 
