@@ -90,14 +90,13 @@ def measure(folder: Path, database_url: str, count: int) -> Figures:
 
 def rows(count: int, now: datetime) -> Iterator[dict[str, dict[str, Any]]]:
     """Give the rows of one lineage after the other, by table."""
+    step = max(1, count // DUE)
     for number in range(count):
         digest = sha256(str(number).encode()).hexdigest()
         policy_id, lineage_id, certificate_id, issuance_id = (_uuid(digest[at : at + 16], at) for at in (0, 16, 32, 48))
-        name, is_due = (
-            f"n{number:07d}.example.test",
-            number % max(1, count // DUE) == 0 and number // max(1, count // DUE) < DUE,
-        )
-        since = now - timedelta(days=70 if is_due else 10, seconds=number % 86400)
+        name, is_due = f"n{number:07d}.example.test", number % step == 0 and number < step * DUE
+        # The others are of all ages that a certificate of 90 days has before it is renewed.
+        since = now - timedelta(days=61 if is_due else number % 59, seconds=number % 86400)
         until, renew_at = since + timedelta(days=90), since + timedelta(days=60)
         names, hashed = [name], sha256(name.encode()).hexdigest()
         stamps = {"created_at": since, "updated_at": since}
