@@ -89,11 +89,15 @@ def _suite(asked: argparse.Namespace) -> int:
 
 
 def _race(asked: argparse.Namespace) -> int:
-    entries = list(_present(asked.contestants))
+    entries, runs = list(_present(asked.contestants)), list[dict[str, Any]]()
+
+    def note(run: Run) -> None:
+        _tell(run)
+        runs.append(run.document())
+        _keep(asked.name, runs=runs, command=" ".join(["python -m tests.bench", *sys.argv[1:]]))
+
     with run_postgres(*DURABLE) as postgres:
-        terms = Terms(postgres, tuple(asked.retry_after), asked.delay, asked.gomaxprocs, _tell)
-        runs = [run.document() for run in race(entries, asked.rounds, terms)]
-    _keep(asked.name, runs=runs, command=" ".join(["python -m tests.bench", *sys.argv[1:]]))
+        race(entries, asked.rounds, Terms(postgres, tuple(asked.retry_after), asked.delay, asked.gomaxprocs, note))
     print("\n".join(report.race_table(runs)))
     return 0
 
