@@ -79,7 +79,11 @@ def _suite(asked: argparse.Namespace) -> int:
     for name, contestants in SUITE.items():
         asked.__dict__ |= {"name": name, "contestants": contestants, "retry_after": (0, 0), "delay": 0, "gomaxprocs": 1}
         _race(asked)
-    waiting = {"name": "waiting", "contestants": ["certworker-256", "caddy-free"], "retry_after": (3, 5)}
+    waiting = {
+        "name": "waiting",
+        "contestants": ["minimal:256", "certworker-256", "caddy-free:256"],
+        "retry_after": (3, 5),
+    }
     asked.__dict__ |= waiting
     _race(asked)
     asked.counts = [200]
@@ -209,6 +213,7 @@ def _publish(_asked: argparse.Namespace) -> int:
         text = _between(text, path.stem, "\n".join([*tables[kind](found[kind]), "", _measured(found)]))
         if path.stem in ("peers", "n200", "n1000"):
             pictured += found["runs"]
+        text = _between(text, "machine", "\n".join(report.machine_table(found["machine"])))
         kept = DOCUMENT.with_suffix("") / path.name
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps(found, separators=(",", ":")) + "\n")
@@ -219,10 +224,10 @@ def _publish(_asked: argparse.Namespace) -> int:
 
 
 def _measured(found: dict[str, Any]) -> str:
-    command = f"`{found['command']}`, " if "command" in found else ""
+    command = f"with `{found['command']}`, " if "command" in found else ""
     loads = [run["load"] for run in found.get("runs", [])]
     load = f", load average before the runs {min(loads)} to {max(loads)}" if loads else ""
-    return f"Measured with {command}at commit {found['machine']['commit']}{load}."
+    return f"Measured {command}at commit {found['machine']['commit']}{load}."
 
 
 def _between(text: str, name: str, what: str) -> str:

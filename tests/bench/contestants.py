@@ -221,27 +221,28 @@ def certbot(loops: int, task: Task) -> Job:
     return Job(_side_by_side(task, loops, one), kept, {"REQUESTS_CA_BUNDLE": str(task.ca.ca_bundle)})
 
 
-RENEW = ("certworker", "renew")
+RENEW, RUN = ("certworker", "renew"), ("certworker", "run")
 PYTHON = PEERS / "python"
 
 CONTESTANTS = {
     "minimal": Contestant("the least that any client could do, uvloop", partial(python, "minimal.py", 16), 200, PYTHON),
     "certworker": Contestant("`certworker renew` on SQLite", lambda task: certworker(task, *RENEW), 200),
-    "certworker-pg": Contestant("... on PostgreSQL", lambda task: certworker(task, *RENEW), 200, postgresql=True),
+    "certworker-pg": Contestant(
+        "`certworker renew` on PostgreSQL", lambda task: certworker(task, *RENEW), 200, postgresql=True
+    ),
     "certworker-run": Contestant(
-        "`certworker run` on SQLite until all are active",
-        lambda task: certworker(task, "certworker", "run", until_active=True), 200,
+        "`certworker run` on SQLite until all are active", lambda task: certworker(task, *RUN, until_active=True), 200
     ),
     "certworker-run-pg": Contestant(
-        "... on PostgreSQL", lambda task: certworker(task, "certworker", "run", until_active=True), 200,
-        postgresql=True,
+        "`certworker run` on PostgreSQL until all are active", lambda task: certworker(task, *RUN, until_active=True),
+        200, postgresql=True,
     ),
     "certworker-run-pg-4": Contestant(
-        "... 4 workers", lambda task: certworker(task, "certworker", "run", until_active=True, workers=4), 200,
-        postgresql=True,
+        "`certworker run` on PostgreSQL, 4 workers", lambda task: certworker(task, *RUN, until_active=True, workers=4),
+        200, postgresql=True,
     ),
     "certworker-256": Contestant(
-        "`certworker renew` with CONCURRENCY=256", lambda task: certworker(task, *RENEW, CONCURRENCY="256"), 512
+        "`certworker renew` with CONCURRENCY=256", lambda task: certworker(task, *RENEW, CONCURRENCY="256"), 256
     ),
     "caddy-free": Contestant("Caddy, an account for each 10 names", partial(caddy, 10), 200, "caddy"),
     "caddy": Contestant("Caddy as it comes", partial(caddy, None), 30, "caddy"),

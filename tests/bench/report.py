@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpus": os.cpu_count(), "cpu": model.strip(), "memory_gib": round(int(total) / 2**20),
         "kernel": platform.release(), "python": platform.python_version(),
-        "commit": _said("git", "rev-parse", "--short", "HEAD"),
+        "commit": _said("git", "log", "-1", "--format=%h", "--", "certworker", "migrations"),
         "caddy": _said(".tools/bin/caddy", "version"), "lego": _said(".tools/bin/lego", "--version"),
         "certbot": _said(".tools/peers/bin/certbot", "--version"),
         "postgresql": _said("psql", "--version"), "sqlalchemy": version("sqlalchemy"), "acme": version("acme"),
@@ -88,8 +88,11 @@ def race_table(runs: Sequence[Row]) -> list[str]:
 
 
 def _any(found: Mapping[tuple[str, int], list[Row]], name: str) -> list[Row]:
-    """Return the runs of the smallest number of certificates, for a contestant whose own number nobody else had."""
-    return next((some for (one, _), some in sorted(found.items()) if one == name), [])
+    """Return the runs with the fewest certificates, for a contestant whose own number `name` did not run with.
+
+    It may have run under other settings only, and with them a longer name.
+    """
+    return next((some for (one, _), some in sorted(found.items()) if one.startswith(name)), [])
 
 
 def median(runs: Sequence[Row], what: str | Callable[[Row], float]) -> float:
@@ -105,6 +108,11 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def machine_table(facts: Row) -> list[str]:
+    """Return the lines of a table of the machine and the programs."""
+    return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items() if name != "commit")]
 
 
 def count_table(counts: Sequence[Row]) -> list[str]:
@@ -133,14 +141,14 @@ def size(count: int) -> str:
 def picture(runs: Sequence[Row]) -> str:
     """Return an SVG: certificates per second of each contestant, on a logarithmic scale."""
     found = sorted(entries(runs).items(), key=lambda item: -median(item[1], "rate"))
-    left, width, high = 330, 430, 24
+    left, width, high = 380, 430, 24
     rates = [median(some, "rate") for _, some in found]
     scale = width / max(1.0, _decades(max(rates, default=1)))
     rows = []
     for at, (((name, count), _), rate) in enumerate(zip(found, rates, strict=True)):
         y, long = 40 + at * high, max(2.0, _decades(rate) * scale)
         colour = "#0b7285" if name.startswith(US) else "#868e96" if name == LIMIT else "#ced4da"
-        label = escape(f"{CONTESTANTS[name].what.removeprefix('... ')}, N = {count}")
+        label = escape(f"{CONTESTANTS[name].what.replace('`', '')}, N = {count}")
         rows.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{label}</text>')
         rows.append(f'<rect x="{left}" y="{y}" width="{long:.0f}" height="{high - 7}" fill="{colour}"/>')
         rows.append(f'<text x="{left + long + 6:.0f}" y="{y + 13}">{number(rate)}</text>')
