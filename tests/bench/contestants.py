@@ -108,7 +108,9 @@ def _together(argv: Sequence[str], workers: int) -> Sequence[str]:
         f"CERTWORKER_DATA_DIR=data-{n} CERTWORKER_KEK_FILE=data/kek {command} &"
         for n in range(1, workers)
     ]
-    return ["bash", "-c", " ".join([f"mkdir {' '.join(f'data-{n}' for n in range(1, workers))};", *others, command])]
+    folders = " ".join(f"data-{n}" for n in range(1, workers))
+    # The shell outlives the SIGTERM that all of them get, so that what they have used is counted.
+    return ["bash", "-c", " ".join([f"trap : TERM; mkdir {folders};", *others, command, "& wait; wait"])]
 
 
 def add_policies(app: wiring.App, names: Sequence[str]) -> None:
