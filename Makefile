@@ -27,7 +27,7 @@ check: setup ## style, types, import rules, and what can be checked without runn
 	$(BIN)/pytest -m check
 
 test: setup ## every test, on real PostgreSQL, Pebble, HAProxy and nginx; ARGS="-k name" for some
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 3 $(ARGS)
 
 soak: setup ## workers, faults and renewals for MINUTES=10; ARGS="--help" says what else there is
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(ARGS)

@@ -21,9 +21,26 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from certworker.cli import pebble as pebble_module
 from certworker.cli.pebble import Pebble, free_ports
 from certworker.store import schema
 from certworker.store.database import Database, open_database
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_ports() -> Iterator[None]:
+    """A range of ports for each test process: one that is bound late must not be another's meanwhile."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    below = [port for port in pebble_module.port_range() if port < FIXED_PORTS]
+    share = len(below) // count
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pebble_module, "port_range", lambda: below[number * share : (number + 1) * share])
+        yield
+
+
+FIXED_PORTS = 22_000
+"""From here on tests of nodes have ranges of their own (tests/node/conftest.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from certworker.node.patience import Patience
 from certworker.node.probe import Probe, probe_tls
 from certworker.node.state import Lists
 from certworker.render.files import RenderedFiles
+from tests.conftest import FIXED_PORTS
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LIMIT = timedelta(seconds=20)
@@ -91,7 +92,7 @@ class Ports:
 def ports(request: pytest.FixtureRequest) -> Ports:
     """A range of its own for each test process."""
     worker = int(getattr(request.config, "workerinput", {}).get("workerid", "gw0").removeprefix("gw"))
-    first = 22000 + worker * 1000
+    first = FIXED_PORTS + worker * 1000
     return Ports(first, first + 1000)
 
 

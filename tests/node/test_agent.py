@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from certworker.errors import FolderHeld
+from certworker.errors import FolderHeld, ReloadRefused
 from certworker.node.probe import Seen, probe_tls
 from certworker.render.files import RenderedFile, RenderedFiles
 
@@ -351,6 +351,30 @@ def test_a_foreign_change_is_noticed_at_the_start(https_node: tuple[Node, int], 
     node.step()
 
     await_true(lambda: probe_tls(port, "a.test").fingerprint == certificate.fingerprint, "the leaf is shown")
+
+
+def test_a_reload_that_is_refused_once_is_told_again(https_node: tuple[Node, int]) -> None:
+    """A release that renders otherwise: until the proxy has read its files, each step tries."""
+    node, _ = https_node
+    node.step()
+    node.agent.close()
+    node.spoil = lambda rendered: RenderedFiles(
+        {name: RenderedFile(one.content + b"# another release\n") for name, one in rendered.files.items()}
+    )
+    told: list[str] = []
+
+    def refuse_once() -> None:
+        told.append("reload")
+        if len(told) == 1:
+            raise ReloadRefused("not now")
+
+    node.before_reload = refuse_once
+    node.start_agent()
+
+    assert "not now" in (node.step().error or "")
+    assert node.step().error is None
+    assert node.step().error is None
+    assert told == ["reload", "reload"]
 
 
 def test_a_lost_file_is_asked_for_again(https_node: tuple[Node, int], authority: Authority) -> None:
