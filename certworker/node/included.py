@@ -98,8 +98,11 @@ class Dialect(Protocol):
     def print_mark(self, digest: str) -> dict[str, bytes]:
         """Return the file that lets the proxy say which set it has read."""
 
+    def note_taken_over(self) -> None:
+        """Take note that the proxy has read what was printed last."""
+
     def is_outdated(self) -> bool:
-        """Say whether `print_set` would print something else now for the same values."""
+        """Say whether `print_set` would print something else now than what was taken over, for the same values."""
 
     @property
     def hint(self) -> str:
@@ -125,8 +128,11 @@ class HaproxyDialect:
     def print_mark(self, digest: str) -> dict[str, bytes]:
         return render_haproxy_mark(digest)
 
+    def note_taken_over(self) -> None:
+        """Do nothing: HAProxy looks names up by itself."""
+
     def is_outdated(self) -> bool:
-        return False  # HAProxy looks names up by itself
+        return False
 
     @property
     def hint(self) -> str:
@@ -149,19 +155,24 @@ class NginxDialect:
     def __init__(self, folder: Folder, lookup: Lookup) -> None:
         self._include = folder.include
         self._lookup = lookup
-        self._addresses: Mapping[str, tuple[str, ...]] = {}
+        self._printed: Mapping[str, tuple[str, ...]] = {}
+        self._taken_over: Mapping[str, tuple[str, ...]] = {}
+        """The addresses of responders that were printed last, and those that the proxy has read."""
 
     def print_set(self, snapshot: Snapshot, lists: IncludedLists) -> dict[str, bytes]:
         hosts = {responder.host for responder in snapshot.responders if is_name(responder.host)}
-        self._addresses = self._lookup.addresses(hosts)
+        self._printed = self._lookup.addresses(hosts)
         pairs = {line.file: read_pair(line.file) for lines in lists.certificates.values() for line in lines}
-        return render_for_nginx(snapshot, lists, str(self._include), pairs, self._addresses)
+        return render_for_nginx(snapshot, lists, str(self._include), pairs, self._printed)
 
     def print_mark(self, digest: str) -> dict[str, bytes]:
         return render_nginx_mark(digest)
 
+    def note_taken_over(self) -> None:
+        self._taken_over = self._printed
+
     def is_outdated(self) -> bool:
-        return self._lookup.addresses(self._addresses, timedelta()) != self._addresses
+        return self._lookup.addresses(self._taken_over, timedelta()) != self._taken_over
 
     @property
     def hint(self) -> str:
@@ -269,7 +280,12 @@ class Included:
                 self._go_back(name)
                 raise self._refuse(name, ReloadRefused(why))
         self._folder.include_set(name)
+        self._note_taken_over(name)
+
+    def _note_taken_over(self, name: str) -> None:
+        """Remember that the proxy has read set `name`, which was printed last."""
         self._told = self._good = name
+        self._dialect.note_taken_over()
 
     def _tell(self, name: str, before: Mapping[int, str]) -> str | None:
         """Have the proxy reload, and return why it did not take over the set that is in place, as far as that shows."""
@@ -322,7 +338,10 @@ class Included:
         """Say whether the running proxy has read exactly these lists."""
         self._lists = lists
         name = self._write_set(self._folder.current)
-        return name == self._folder.included_set() and _find_wrong(self._ports(self._folder.current), name) is None
+        if name != self._folder.included_set() or _find_wrong(self._ports(self._folder.current), name) is not None:
+            return False
+        self._note_taken_over(name)
+        return True
 
     def swap(self, before: Lists, after: Lists) -> None:  # noqa: ARG002 - they make no difference
         """Refuse: what runs is not ours to talk to."""

@@ -52,6 +52,8 @@ class Machine:
         self.source = MemorySource()
         self.limit = timedelta(seconds=20)
         self.pause = timedelta()
+        self.names: dict[str, tuple[str, ...]] = {}
+        """What the DNS says."""
         self.start_agent()
 
     def start_agent(self) -> None:
@@ -61,10 +63,16 @@ class Machine:
         dialect = (
             HaproxyDialect(self.folder)
             if self.operator.kind == "haproxy"
-            else NginxDialect(self.folder, Lookup(PATIENCE))
+            else NginxDialect(self.folder, Lookup(PATIENCE, self.resolve, timedelta()))
         )
         self.proxy = Included(self.folder, dialect, commands, PATIENCE)
         self.agent = Agent("node-1", self.source, self.folder, self.proxy, PATIENCE, random.Random(1))
+
+    def resolve(self, host: str) -> tuple[str, ...]:
+        try:
+            return self.names[host]
+        except KeyError:
+            raise OSError(f"{host}: temporary failure in name resolution") from None
 
     def restart_agent(self) -> None:
         self.agent.close()
@@ -392,6 +400,40 @@ def test_challenges_go_to_the_responder(served: Machine, upstream: Callable[...,
     assert ask(plain, CHALLENGE_PATH + TOKEN, NAME, "POST")[0] == 405
     assert ask(plain, "/", NAME)[0] in (301, 302)
     assert len(responder.asked) == 1
+
+
+@pytest.fixture
+def forwarding(served: Machine, gateway: Gateway) -> Machine:
+    """Challenges go to a responder with a name."""
+    served.names["responder.example"] = ("127.0.0.9",)
+    gateway.responders = ("responder.example:8402",)
+    served.source.publish(gateway.snapshot())
+    assert served.step().error is None
+    return served
+
+
+def included(machine: Machine) -> str:
+    """Return what is read in `http { }`."""
+    return (machine.operator.include / "http.conf").read_text()
+
+
+@pytest.mark.parametrize("kind", ["nginx"])  # HAProxy looks names up by itself
+def test_a_responders_new_address_is_told_until_it_is_taken_over(forwarding: Machine) -> None:
+    """A reload that fails is named in every heartbeat, and is made good by the next one that works."""
+    operator = forwarding.operator
+    working = operator.reload_script.read_text()
+    operator.say(operator.reload_script, "exit 1")
+    forwarding.names["responder.example"] = ("127.0.0.10",)
+    await_true(lambda: forwarding.step().error, "the new address is tried")
+
+    assert "reload command" in str(forwarding.step().error)
+    assert "127.0.0.9:" in included(forwarding)
+    operator.reload_script.write_text(working)
+    assert forwarding.step().error is None
+    assert "127.0.0.10:" in included(forwarding)
+    before = operator.count_reloads()
+    assert forwarding.step().error is None
+    assert operator.count_reloads() == before
 
 
 def test_the_mark_is_for_this_machine_only(served: Machine) -> None:
