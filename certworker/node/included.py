@@ -252,7 +252,7 @@ class Included:
 
     def _raise_again(self, name: str, ports: Iterable[int]) -> None:
         """Raise what was said against set `name` a moment ago, unless the proxy has read it since."""
-        if self._refused is None or _find_wrong(ports, name) is None:
+        if self._refused is None or not _find_wrong(ports, name):
             return
         refused, until, why = self._refused
         if refused == name and self._patience.monotonic() < until:
@@ -291,21 +291,22 @@ class Included:
         """Have the proxy reload, and return why it did not take over the set that is in place, as far as that shows."""
         if (refusal := self._run("reload", self._commands.reload)) is not None:
             return refusal.why
-        # The command may be over before the proxy is. Where the route was not there, there is nothing to wait for.
-        limit = self._commands.limit if any(map(_is_mark, before.values())) else SETTLE_LIMIT
-        if self._patience.until(lambda: self._stays(before, name), limit):
+        # The command may be over before the proxy is. Where no route was there, there is nothing to wait for.
+        marked = [port for port, shown in before.items() if _is_mark(shown)]
+        limit = self._commands.limit if marked else SETTLE_LIMIT
+        if self._patience.until(lambda: self._stays(marked or before, name), limit):
             return None
-        port, shown = _find_wrong(before, name) or (None, "")
-        if port is None or not (_is_mark(shown) or _is_mark(before[port])):
-            return None  # its configuration has no route yet, and only handshakes can tell
-        return f"the reload command ended well, but port {port} gives {_tell_mark(shown)}, not the new ones"
+        for port, shown in _find_wrong(before, name).items():
+            if port in marked or _is_mark(shown):
+                return f"the reload command ended well, but port {port} gives {_tell_mark(shown)}, not the new ones"
+        return None  # its configuration has no route yet, and only handshakes can tell
 
     def _stays(self, ports: Collection[int], name: str) -> bool:
         """Say whether the proxy has read set `name`, and workers that have not are gone."""
-        if _find_wrong(ports, name) is not None:
+        if _find_wrong(ports, name):
             return False
         self._patience.sleep(LINGER.total_seconds())
-        return all(_find_wrong(ports, name) is None for _ in range(ROUNDS))
+        return not any(_find_wrong(ports, name) for _ in range(ROUNDS))
 
     def _go_back(self, refused: str) -> None:
         """Bring back the set before, and have the proxy read it."""
@@ -319,26 +320,26 @@ class Included:
     def why_not_served(self, number: int) -> str | None:  # noqa: ARG002 - what is current is the agent's to say
         """Say which plain port does not show that the proxy has read the set in place; None: all do."""
         try:
-            wrong = self._find_wrong_port()
+            wrong = self._find_wrong_ports()
         except (OSError, InputError) as failed:
             return f"the folder is not as it was left: {failed}"
-        if wrong is None:
+        if not wrong:
             return None
-        port, shown = wrong
+        port, shown = next(iter(wrong.items()))
         asked = f"http://127.0.0.1:{port}{CHALLENGE_PATH}{MARK}"
         return f"the challenge route is not there: {asked} gives {_tell_mark(shown)}; {self._dialect.route_hint}"
 
-    def _find_wrong_port(self) -> tuple[int, str] | None:
+    def _find_wrong_ports(self) -> dict[int, str]:
         ports, name = self._ports(self._folder.current), self._folder.included_set() or ""
         # A worker that is about to leave may still answer for a moment.
-        self._patience.until(lambda: not _is_mark((_find_wrong(ports, name) or (0, ""))[1]), SETTLE_LIMIT)
+        self._patience.until(lambda: not any(map(_is_mark, _find_wrong(ports, name).values())), SETTLE_LIMIT)
         return _find_wrong(ports, name)
 
     def serves(self, lists: Lists) -> bool:
         """Say whether the running proxy has read exactly these lists."""
         self._lists = lists
         name = self._write_set(self._folder.current)
-        if name != self._folder.included_set() or _find_wrong(self._ports(self._folder.current), name) is not None:
+        if name != self._folder.included_set() or _find_wrong(self._ports(self._folder.current), name):
             return False
         self._note_taken_over(name)
         return True
@@ -424,9 +425,9 @@ def _ask_marks(ports: Iterable[int]) -> dict[int, str]:
     return {port: ask_challenge(port, "localhost", MARK).strip() for port in ports}
 
 
-def _find_wrong(ports: Iterable[int], name: str) -> tuple[int, str] | None:
-    """Return the first port that does not say that the proxy has read set `name`, and what it says instead."""
-    return next(((port, shown) for port, shown in _ask_marks(ports).items() if shown != name), None)
+def _find_wrong(ports: Iterable[int], name: str) -> dict[int, str]:
+    """Return the ports that do not say that the proxy has read set `name`, and what they say instead."""
+    return {port: shown for port, shown in _ask_marks(ports).items() if shown != name}
 
 
 def _is_mark(shown: str) -> bool:

@@ -311,6 +311,41 @@ def test_a_command_that_says_yes_and_does_nothing_is_found_out(served: Machine, 
     assert served.operator.include.readlink() == files
 
 
+@pytest.fixture
+def half_routed(served: Machine, gateway: Gateway) -> Machine:
+    """One more plain port, which is asked before the other, and where nothing answers."""
+    gateway.listener(1)
+    served.source.publish(gateway.snapshot())
+    served.step()
+    return served
+
+
+def test_a_port_without_a_route_hides_no_refused_reload(half_routed: Machine, authority: Authority) -> None:
+    """The port with a route tells that nothing was taken over; the files before are back."""
+    files = half_routed.operator.include.readlink()
+    half_routed.limit = timedelta(seconds=1)
+    half_routed.restart_agent()
+    half_routed.step()
+    half_routed.operator.say(half_routed.operator.reload_script, "exit 0")
+    half_routed.source.put(authority.issue(1, NAME))
+
+    heartbeat = half_routed.step()
+
+    assert f"port {half_routed.operator.plain} gives other files" in str(heartbeat.error)
+    assert half_routed.operator.include.readlink() == files
+
+
+def test_a_port_without_a_route_is_not_waited_for(half_routed: Machine, authority: Authority) -> None:
+    """The others have shown that the files were taken over."""
+    renewal = authority.issue(1, NAME)
+    half_routed.source.put(renewal)
+    begun = time.monotonic()
+
+    assert "the challenge route is not there" in str(half_routed.step().error)
+    assert half_routed.leaf() == renewal.fingerprint
+    assert time.monotonic() - begun < half_routed.limit.total_seconds() / 2
+
+
 def test_a_command_may_leave_something_running(served: Machine, authority: Authority) -> None:
     """Nobody waits for what it started in the background."""
     working = served.operator.reload_script.read_text().partition("\n")[2]
