@@ -201,6 +201,8 @@ class Included:
         """The set that the proxy was told to read last, with success."""
         self._refused: tuple[str, float, NodeError] | None = None
         """The set that was refused last, until when it is left alone, and why."""
+        self._passed: str | None = None
+        """The set that the check has just passed, until a reload."""
         self._good = folder.included_set()
         """The set to go back to: the last one that was taken over, or the one that was there at the start."""
 
@@ -238,13 +240,18 @@ class Included:
     def check(self, version: Path) -> tuple[str, ...]:
         """Put the set of `version` in place, and have the operator's command check it, or raise `CheckRefused`."""
         name = self._write_set(version)
-        self._raise_again(name, self._ports(version))
+        self._check(name, self._ports(version))
+        self._passed = name
+        return ()
+
+    def _check(self, name: str, ports: Iterable[int]) -> None:
+        """Put set `name` in place, and have the operator's command check it, or raise `CheckRefused`."""
+        self._raise_again(name, ports)
         self._folder.include_set(name)
         if self._commands.check and (refusal := self._run("check", self._commands.check)) is not None:
             if self._good is not None:
                 self._folder.include_set(self._good)
             raise self._refuse(name, CheckRefused(refusal.why, _named_files(self._folder.certs, refusal.complaints)))
-        return ()
 
     def _refuse(self, name: str, why: NodeError) -> NodeError:
         self._refused = name, self._patience.monotonic() + self._commands.pause.total_seconds(), why
@@ -270,12 +277,13 @@ class Included:
         """Leave it to the operator."""
 
     def reload(self) -> None:
-        """Have the proxy read the current version and lists, unless it has, or raise `ReloadRefused`."""
+        """Have the proxy read the current version and lists, unless it has, or raise `NodeError`."""
+        passed, self._passed = self._passed, None
         name = self._write_set(self._folder.current)
         before = _ask_marks(self._ports(self._folder.current))
         if name != self._told and set(before.values()) != {name}:
-            self._raise_again(name, before)
-            self._folder.include_set(name)
+            if name != passed:
+                self._check(name, before)
             if (why := self._tell(name, before)) is not None:
                 self._go_back(name)
                 raise self._refuse(name, ReloadRefused(why))

@@ -114,6 +114,16 @@ def served(machine: Machine, authority: Authority) -> Machine:
     return machine
 
 
+@pytest.fixture
+def forwarding(served: Machine, gateway: Gateway) -> Machine:
+    """Challenges go to a responder with a name."""
+    served.names["responder.example"] = ("127.0.0.9",)
+    gateway.responders = ("responder.example:8402",)
+    served.source.publish(gateway.snapshot())
+    assert served.step().error is None
+    return served
+
+
 def test_the_files_are_there_before_the_proxy(machine: Machine, authority: Authority) -> None:
     """The operator's proxy starts with them before there is any certificate; then the first one comes."""
     heartbeat = machine.step()
@@ -217,6 +227,28 @@ def test_a_failing_check_leaves_everything(served: Machine, authority: Authority
     operator.config.write_text(sound)
     assert served.step().error is None
     assert served.leaf() == renewal.fingerprint
+
+
+def test_no_reload_is_unchecked(served: Machine) -> None:
+    """Nor the one of a new agent that finds the proxy with other files than it would write."""
+    before = served.operator.count_reloads()
+    served.operator.stop()
+    served.operator.say(served.operator.check_script, "exit 1")
+    served.restart_agent()
+
+    assert "check command" in str(served.step().error)
+    assert served.operator.count_reloads() == before
+
+
+@pytest.mark.parametrize("kind", ["nginx"])
+def test_a_reload_for_a_responders_new_address_is_checked_once(forwarding: Machine) -> None:
+    """It is as much a change as a certificate."""
+    operator, before = forwarding.operator, forwarding.operator.count_reloads()
+    operator.say(operator.check_script, f"echo checked >> {operator.path}/checks")
+    forwarding.names["responder.example"] = ("127.0.0.10",)
+    await_true(lambda: forwarding.step() and operator.count_reloads() > before, "the new address is taken over")
+
+    assert (operator.path / "checks").read_text().split() == ["checked"]
 
 
 def test_what_was_refused_is_left_alone_for_a_while(served: Machine, authority: Authority) -> None:
@@ -435,16 +467,6 @@ def test_challenges_go_to_the_responder(served: Machine, upstream: Callable[...,
     assert ask(plain, CHALLENGE_PATH + TOKEN, NAME, "POST")[0] == 405
     assert ask(plain, "/", NAME)[0] in (301, 302)
     assert len(responder.asked) == 1
-
-
-@pytest.fixture
-def forwarding(served: Machine, gateway: Gateway) -> Machine:
-    """Challenges go to a responder with a name."""
-    served.names["responder.example"] = ("127.0.0.9",)
-    gateway.responders = ("responder.example:8402",)
-    served.source.publish(gateway.snapshot())
-    assert served.step().error is None
-    return served
 
 
 def included(machine: Machine) -> str:
