@@ -199,8 +199,8 @@ class Included:
         self._lists = Lists()
         self._told: str | None = None
         """The set that the proxy was told to read last, with success."""
-        self._refused: tuple[str, float, NodeError] | None = None
-        """The set that was refused last, until when it is left alone, and why."""
+        self._refused: dict[str, tuple[float, NodeError]] = {}
+        """By set, since the last one that was taken over: until when it is left alone, and why."""
         self._passed: str | None = None
         """The set that the check has just passed, until a reload."""
         self._good = folder.included_set()
@@ -254,15 +254,15 @@ class Included:
             raise self._refuse(name, CheckRefused(refusal.why, _named_files(self._folder.certs, refusal.complaints)))
 
     def _refuse(self, name: str, why: NodeError) -> NodeError:
-        self._refused = name, self._patience.monotonic() + self._commands.pause.total_seconds(), why
+        now = self._patience.monotonic()
+        self._refused = {name: one for name, one in self._refused.items() if now < one[0]}
+        self._refused[name] = now + self._commands.pause.total_seconds(), why
         return why
 
     def _raise_again(self, name: str, ports: Iterable[int]) -> None:
         """Raise what was said against set `name` a moment ago, unless the proxy has read it since."""
-        if self._refused is None or not _find_wrong(ports, name):
-            return
-        refused, until, why = self._refused
-        if refused == name and self._patience.monotonic() < until:
+        until, why = self._refused.get(name, (0, None))
+        if why is not None and self._patience.monotonic() < until and _find_wrong(ports, name):
             raise why.with_traceback(None)
 
     def running(self) -> bool:
@@ -287,6 +287,7 @@ class Included:
             if (why := self._tell(name, before)) is not None:
                 self._go_back(name)
                 raise self._refuse(name, ReloadRefused(why))
+            self._refused.clear()
         self._folder.include_set(name)
         self._note_taken_over(name)
 

@@ -115,6 +115,15 @@ def served(machine: Machine, authority: Authority) -> Machine:
 
 
 @pytest.fixture
+def half_routed(served: Machine, gateway: Gateway) -> Machine:
+    """One more plain port, which is asked before the other, and where nothing answers."""
+    gateway.listener(1)
+    served.source.publish(gateway.snapshot())
+    served.step()
+    return served
+
+
+@pytest.fixture
 def forwarding(served: Machine, gateway: Gateway) -> Machine:
     """Challenges go to a responder with a name."""
     served.names["responder.example"] = ("127.0.0.9",)
@@ -266,6 +275,22 @@ def test_what_was_refused_is_left_alone_for_a_while(served: Machine, authority: 
     assert (served.operator.path / "checks").read_text().split() == ["checked", "checked"]
 
 
+@pytest.mark.parametrize("kind", ["haproxy"])  # nginx names no certificate
+def test_sets_that_are_refused_in_turn_are_left_alone(half_routed: Machine, authority: Authority) -> None:
+    """With a certificate that the check names, and without it: one check of each, whatever else is amiss."""
+    operator = half_routed.operator
+    half_routed.pause = timedelta(hours=1)
+    half_routed.restart_agent()
+    half_routed.step()
+    complain = f"grep bad.example {operator.include}/all.list"
+    operator.say(operator.check_script, f"echo checked >> {operator.path}/checks; {complain}; exit 1")
+    half_routed.source.put(authority.issue(2, "bad.example"))
+    half_routed.source.put(authority.issue(3, "good.example"))
+
+    assert all("check command" in str(half_routed.step().error) for _ in range(3))
+    assert (operator.path / "checks").read_text().split() == ["checked", "checked"]
+
+
 @pytest.mark.parametrize("kind", ["haproxy"])  # nginx looks at no certificate
 def test_a_certificate_that_the_check_names_is_left_out(served: Machine, authority: Authority) -> None:
     """One that OpenSSL takes and the proxy does not keeps nobody else from being served."""
@@ -341,15 +366,6 @@ def test_a_command_that_says_yes_and_does_nothing_is_found_out(served: Machine, 
 
     assert f"port {served.operator.plain} gives other files" in str(heartbeat.error)
     assert served.operator.include.readlink() == files
-
-
-@pytest.fixture
-def half_routed(served: Machine, gateway: Gateway) -> Machine:
-    """One more plain port, which is asked before the other, and where nothing answers."""
-    gateway.listener(1)
-    served.source.publish(gateway.snapshot())
-    served.step()
-    return served
 
 
 def test_a_port_without_a_route_hides_no_refused_reload(half_routed: Machine, authority: Authority) -> None:
