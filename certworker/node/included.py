@@ -32,7 +32,7 @@ from typing import IO, Protocol
 from certworker.core.snapshot import Snapshot, read_snapshot
 from certworker.errors import CheckRefused, CommandRefused, InputError, NodeError, ReloadRefused
 from certworker.node.folder import Folder
-from certworker.node.lookup import Lookup
+from certworker.node.lookup import Lookup, load_addresses, save_addresses
 from certworker.node.machine import in_one_line
 from certworker.node.nginx import read_pair
 from certworker.node.pairs import load_pair
@@ -155,6 +155,8 @@ class NginxDialect:
     def __init__(self, folder: Folder, lookup: Lookup) -> None:
         self._include = folder.include
         self._lookup = lookup
+        self._addresses_path = folder.path / "addresses.json"
+        lookup.remember(load_addresses(self._addresses_path))
         self._printed: Mapping[str, tuple[str, ...]] = {}
         self._taken_over: Mapping[str, tuple[str, ...]] = {}
         """The addresses of responders that were printed last, and those that the proxy has read."""
@@ -169,6 +171,8 @@ class NginxDialect:
         return render_nginx_mark(digest)
 
     def note_taken_over(self) -> None:
+        if self._printed != self._taken_over:
+            save_addresses(self._addresses_path, self._printed)
         self._taken_over = self._printed
 
     def is_outdated(self) -> bool:

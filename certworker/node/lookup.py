@@ -8,13 +8,19 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from certworker.core.addresses import check_target_host
+from certworker.node.folder import write_file
 from certworker.node.patience import Patience
 
 REFRESH = timedelta(seconds=10)
 FIRST_LIMIT = timedelta(seconds=2)
 """How long a name that was never looked up is waited for."""
+
+_ADDRESSES = TypeAdapter(dict[str, tuple[str, ...]])
 
 Resolve = Callable[[str], tuple[str, ...]]
 
@@ -31,6 +37,20 @@ def _may_be_upstream(address: str) -> bool:
         return check_target_host(address) == address
     except ValueError:
         return False
+
+
+def save_addresses(path: Path, found: Mapping[str, tuple[str, ...]]) -> None:
+    """Keep what was found for the next start: a DNS that is away then takes nothing away."""
+    write_file(path, _ADDRESSES.dump_json(dict(found)))
+
+
+def load_addresses(path: Path) -> dict[str, tuple[str, ...]]:
+    """Return what was saved, without names that had no address; nothing if there is no such file."""
+    try:
+        found = _ADDRESSES.validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return {}
+    return {host: addresses for host, addresses in found.items() if addresses}
 
 
 class Lookup:

@@ -509,6 +509,18 @@ def test_a_responders_new_address_is_told_until_it_is_taken_over(forwarding: Mac
     assert operator.count_reloads() == before
 
 
+@pytest.mark.parametrize("kind", ["nginx"])
+def test_a_new_agent_keeps_a_responders_address_while_the_dns_is_away(forwarding: Machine) -> None:
+    """The challenge route stays as it is, and no reload is made for nothing."""
+    before = forwarding.operator.count_reloads()
+    forwarding.names.clear()
+    forwarding.restart_agent()
+
+    assert forwarding.step().error is None
+    assert "127.0.0.9:" in included(forwarding)
+    assert forwarding.operator.count_reloads() == before
+
+
 def test_the_mark_is_for_this_machine_only(served: Machine) -> None:
     """It names the files that were read."""
     shown = ask_challenge(served.operator.plain, "localhost", MARK).strip()
