@@ -51,8 +51,11 @@ from certworker.render.included import (
     render_nginx_mark,
 )
 
-COMMAND_LIMIT = timedelta(minutes=2)
-"""For a command, and then for the proxy: 10,000 certificates take HAProxy 12 s with OpenSSL 3.0."""
+COMMAND_LIMIT = timedelta(seconds=30)
+"""For a command, and then for the proxy: 10,000 certificates take HAProxy 12 s with OpenSSL 3.0.
+
+No heartbeat is sent meanwhile, and a node that is silent for a minute (NODE_SILENT_SECS) counts as gone.
+"""
 RETRY = timedelta(minutes=1)
 """How long what was refused is left alone: a check of many certificates takes a whole core."""
 LINGER = timedelta(milliseconds=300)
@@ -82,6 +85,8 @@ class Refusal:
     why: str
     complaints: tuple[str, ...] = ()
     """What of its output says so, line by line."""
+    hung: bool = False
+    """Whether it did not end at all."""
 
 
 class Dialect(Protocol):
@@ -288,9 +293,9 @@ class Included:
         if name != self._told and set(before.values()) != {name}:
             if name != passed:
                 self._check(name, before)
-            if (why := self._tell(name, before)) is not None:
-                self._go_back(name)
-                raise self._refuse(name, ReloadRefused(why))
+            if (refusal := self._tell(name, before)) is not None:
+                self._go_back(name, again=not refusal.hung)
+                raise self._refuse(name, ReloadRefused(refusal.why))
             self._refused.clear()
         self._folder.include_set(name)
         self._note_taken_over(name)
@@ -300,10 +305,10 @@ class Included:
         self._told = self._good = name
         self._dialect.note_taken_over()
 
-    def _tell(self, name: str, before: Mapping[int, str]) -> str | None:
+    def _tell(self, name: str, before: Mapping[int, str]) -> Refusal | None:
         """Have the proxy reload, and return why it did not take over the set that is in place, as far as that shows."""
         if (refusal := self._run("reload", self._commands.reload)) is not None:
-            return refusal.why
+            return refusal
         # The command may be over before the proxy is. Where no route was there, there is nothing to wait for.
         marked = [port for port, shown in before.items() if _is_mark(shown)]
         limit = self._commands.limit if marked else SETTLE_LIMIT
@@ -311,7 +316,8 @@ class Included:
             return None
         for port, shown in _find_wrong(before, name).items():
             if port in marked or _is_mark(shown):
-                return f"the reload command ended well, but port {port} gives {_tell_mark(shown)}, not the new ones"
+                gives = f"port {port} gives {_tell_mark(shown)}, not the new ones"
+                return Refusal(f"the reload command ended well, but {gives}")
         return None  # its configuration has no route yet, and only handshakes can tell
 
     def _stays(self, ports: Collection[int], name: str) -> bool:
@@ -321,13 +327,13 @@ class Included:
         self._patience.sleep(LINGER.total_seconds())
         return not any(_find_wrong(ports, name) for _ in range(ROUNDS))
 
-    def _go_back(self, refused: str) -> None:
-        """Bring back the set before, and have the proxy read it."""
+    def _go_back(self, refused: str, *, again: bool) -> None:
+        """Bring back the set before, and have the proxy read it if the command is to be run again."""
         self._told = None
         if self._good is None or self._good == refused:
             return
         self._folder.include_set(self._good)
-        if self._run("reload", self._commands.reload) is None:
+        if again and self._run("reload", self._commands.reload) is None:
             self._told = self._good
 
     def why_not_served(self, number: int) -> str | None:  # noqa: ARG002 - what is current is the agent's to say
@@ -397,7 +403,7 @@ class Included:
                 code = process.wait(self._commands.limit.total_seconds())
             except subprocess.TimeoutExpired:
                 _end(process)
-                return Refusal(f"{shown} did not end within {self._commands.limit.total_seconds():g} s")
+                return Refusal(f"{shown} did not end within {self._commands.limit.total_seconds():g} s", hung=True)
             complaints = _complaints(_read_back(output))
         return None if code == 0 else Refusal(f"{shown} ended with {code}: {in_one_line(complaints)}", complaints)
 

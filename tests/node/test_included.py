@@ -17,11 +17,12 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from certworker.core.rollout import Heartbeat
 from certworker.node.agent import Agent
 from certworker.node.folder import Folder
-from certworker.node.included import Commands, HaproxyDialect, Included, NginxDialect
+from certworker.node.included import COMMAND_LIMIT, Commands, HaproxyDialect, Included, NginxDialect
 from certworker.node.lookup import Lookup
 from certworker.node.probe import ask_challenge, probe_tls
 from certworker.render.files import CHALLENGE_PATH
 from certworker.render.included import MARK
+from certworker.settings import Settings
 
 from .conftest import (
     PATIENCE,
@@ -325,25 +326,28 @@ def test_a_failing_check_is_no_veto_against_a_version(served: Machine, gateway: 
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
-    [("echo 'no such unit' >&2; exit 4", "ended with 4: no such unit"), ("sleep 600", "did not end within 1 s")],
+    ("script", "said", "runs"),
+    [("echo 'no such unit' >&2; exit 4", "ended with 4: no such unit", 2), ("sleep 600", "did not end within 1 s", 1)],
     ids=["failing", "hanging"],
 )
-def test_a_reload_that_does_not_work_is_undone(served: Machine, authority: Authority, script: str, said: str) -> None:
-    """The files before are back, the old leaf serves, the reason is told; nothing is left running."""
+def test_a_reload_that_does_not_work_is_undone(
+    served: Machine, authority: Authority, script: str, said: str, runs: int
+) -> None:
+    """The files before are back, the old leaf serves, the reason is told; what hung is not run at once again."""
     operator = served.operator
-    leaf, files = served.leaf(), operator.include.readlink()
+    leaf, files, before = served.leaf(), operator.include.readlink(), operator.count_reloads()
     served.limit = timedelta(seconds=1)
     served.restart_agent()
     served.step()
     working = operator.reload_script.read_text()
-    operator.say(operator.reload_script, script)
+    operator.say(operator.reload_script, f"echo tried >> {operator.path}/reloads\n{script}")
     renewal = authority.issue(1, NAME, "www.shop.example")
     served.source.put(renewal)
 
     heartbeat = served.step()
 
     assert said in str(heartbeat.error)
+    assert operator.count_reloads() == before + runs
     assert heartbeat.version_number == 1
     assert (served.leaf(), operator.include.readlink()) == (leaf, files)
     operator.reload_script.write_text(working)
@@ -351,6 +355,13 @@ def test_a_reload_that_does_not_work_is_undone(served: Machine, authority: Autho
     served.restart_agent()
     assert served.step().error is None
     assert served.leaf() == renewal.fingerprint
+
+
+def test_a_hanging_command_does_not_make_a_node_silent() -> None:
+    """A check that takes as long as it may, and then a reload that hangs: no longer than a node may be silent."""
+    silent = timedelta(seconds=Settings.model_fields["node_silent_secs"].default)
+
+    assert silent >= 2 * COMMAND_LIMIT
 
 
 def test_a_command_that_says_yes_and_does_nothing_is_found_out(served: Machine, authority: Authority) -> None:
