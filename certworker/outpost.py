@@ -69,7 +69,7 @@ def make_proxy(name: str, settings: Settings, folder: Folder, patience: Patience
 def _make_included(
     name: str, reload: tuple[str, ...], check: tuple[str, ...] | None, folder: Folder, patience: Patience
 ) -> Proxy:
-    for setting, command in (("PROXY_RELOAD", reload), ("PROXY_CHECK", check)):
+    for setting, command in (("PROXY_RELOAD or --reload", reload), ("PROXY_CHECK or --check", check)):
         if command is not None and shutil.which(command[0], path=COMMAND_PATH) is None:
             raise SettingsError(f"{setting}: there is no program {command[0]!r}, give its whole path")
     dialect = HaproxyDialect(folder) if name == "haproxy" else NginxDialect(folder, Lookup(patience))

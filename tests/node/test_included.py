@@ -15,11 +15,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from certworker.core.rollout import Heartbeat
+from certworker.errors import SettingsError
 from certworker.node.agent import Agent
 from certworker.node.folder import Folder
 from certworker.node.included import COMMAND_LIMIT, Commands, HaproxyDialect, Included, NginxDialect
 from certworker.node.lookup import Lookup
 from certworker.node.probe import ask_challenge, probe_tls
+from certworker.outpost import make_proxy
 from certworker.render.files import CHALLENGE_PATH
 from certworker.render.included import MARK
 from certworker.settings import Settings
@@ -608,3 +610,11 @@ def test_a_proxy_that_is_down_finds_whole_files(served: Machine, authority: Auth
 
     assert (heartbeat.error, heartbeat.unserved) == (None, {})
     assert served.leaf() == renewal.fingerprint
+
+
+def test_a_program_that_is_missing_is_named_with_where_it_may_come_from(tmp_path: Path) -> None:
+    """A setting or an option: whoever gave the one does not look at the other."""
+    settings = Settings.model_construct(proxy_reload=("nosuchprog", "reload"))
+
+    with pytest.raises(SettingsError, match="PROXY_RELOAD or --reload: there is no program 'nosuchprog'"):
+        make_proxy("haproxy", settings, Folder(tmp_path), PATIENCE)
