@@ -61,19 +61,18 @@ def make_proxy(name: str, settings: Settings, folder: Folder, patience: Patience
     With PROXY_RELOAD it is the operator's own, which includes what lies there.
     """
     if settings.proxy_reload is not None:
-        return _make_included(name, settings.proxy_reload, settings.proxy_check, folder, patience)
+        return _make_included(name, settings.proxy_reload, settings, folder, patience)
     make = _make_haproxy if name == "haproxy" else _make_nginx
     return make(settings, folder, patience)
 
 
-def _make_included(
-    name: str, reload: tuple[str, ...], check: tuple[str, ...] | None, folder: Folder, patience: Patience
-) -> Proxy:
+def _make_included(name: str, reload: tuple[str, ...], settings: Settings, folder: Folder, patience: Patience) -> Proxy:
+    check, named = settings.proxy_check, settings.haproxy_bin if name == "haproxy" else settings.nginx_bin
     for setting, command in (("PROXY_RELOAD or --reload", reload), ("PROXY_CHECK or --check", check)):
         if command is not None and shutil.which(command[0], path=COMMAND_PATH) is None:
             raise SettingsError(f"{setting}: there is no program {command[0]!r}, give its whole path")
     dialect = HaproxyDialect(folder) if name == "haproxy" else NginxDialect(folder, Lookup(patience))
-    return Included(folder, dialect, Commands(reload, check or ()), patience)
+    return Included(folder, dialect, Commands(reload, check or ()), patience, _search_binary(named, name))
 
 
 def _make_haproxy(settings: Settings, folder: Folder, patience: Patience) -> Proxy:
@@ -89,10 +88,15 @@ def _make_nginx(settings: Settings, folder: Folder, patience: Patience) -> Proxy
 
 
 def _find_binary(named: Path | None, name: str, setting: str) -> Path:
-    found = named or shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
-    if not found:
+    found = _search_binary(named, name)
+    if found is None:
         raise SettingsError(f"there is no {name} on the PATH: install it or set {setting}")
-    return Path(found)
+    return found
+
+
+def _search_binary(named: Path | None, name: str) -> Path | None:
+    found = named or shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    return Path(found) if found else None
 
 
 def _existing_user(name: str) -> str | None:

@@ -33,7 +33,7 @@ from certworker.core.snapshot import Snapshot, read_snapshot
 from certworker.errors import CheckRefused, CommandRefused, InputError, NodeError, ReloadRefused
 from certworker.node.folder import Folder
 from certworker.node.lookup import Lookup, load_addresses, save_addresses
-from certworker.node.machine import in_one_line
+from certworker.node.machine import Program, in_one_line
 from certworker.node.nginx import read_pair
 from certworker.node.pairs import load_pair
 from certworker.node.patience import Patience
@@ -65,6 +65,7 @@ COMMAND_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _SNAPSHOT = "snapshot.json"
 _MAX_SAID = 1 << 16
+_VERSION = re.compile(r"(?:HA-?Proxy version |nginx version: \S*?/)(?P<number>[0-9]+\.[0-9]+\S*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,10 @@ class Included:
 
     managed = False
 
-    def __init__(self, folder: Folder, dialect: Dialect, commands: Commands, patience: Patience) -> None:
+    def __init__(
+        self, folder: Folder, dialect: Dialect, commands: Commands, patience: Patience, binary: Path | None = None
+    ) -> None:
+        self._binary = binary
         self._folder = folder
         self._dialect = dialect
         self._commands = commands
@@ -216,8 +220,9 @@ class Included:
         """The set to go back to: the last one that was taken over, or the one that was there at the start."""
 
     def describe(self) -> str:
-        """Name it; what it is exactly is the operator's."""
-        return f"{self._dialect.name}, the operator's own"
+        """Return for example `haproxy 2.6.12, the operator's own`; the number only if a program of it is here."""
+        found = None if self._binary is None else _VERSION.search(_ask_version(self._binary))
+        return " ".join([self._dialect.name, *(found.groups() if found else ())]) + ", the operator's own"
 
     @property
     def hint(self) -> str:
@@ -406,6 +411,15 @@ class Included:
                 return Refusal(f"{shown} did not end within {self._commands.limit.total_seconds():g} s", hung=True)
             complaints = _complaints(_read_back(output))
         return None if code == 0 else Refusal(f"{shown} ended with {code}: {in_one_line(complaints)}", complaints)
+
+
+def _ask_version(binary: Path) -> str:
+    """Return what it says of itself; nothing if it cannot be run, because nothing else needs it."""
+    try:
+        done = Program(binary, "").run("-v")
+    except NodeError:
+        return ""
+    return done.stdout + done.stderr
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

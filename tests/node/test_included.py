@@ -618,3 +618,16 @@ def test_a_program_that_is_missing_is_named_with_where_it_may_come_from(tmp_path
 
     with pytest.raises(SettingsError, match="PROXY_RELOAD or --reload: there is no program 'nosuchprog'"):
         make_proxy("haproxy", settings, Folder(tmp_path), PATIENCE)
+
+
+def test_the_version_of_the_proxy_is_reported(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """As far as a program of that name is on this machine and says so."""
+    (nothing := tmp_path / "nothing").symlink_to("/bin/true")
+    binary = request.getfixturevalue(f"{kind}_binary")
+
+    def describe(binary: Path) -> str:
+        given = {"proxy_reload": ("true",), f"{kind}_bin": binary}
+        return make_proxy(kind, Settings.model_construct(**given), Folder(tmp_path / "node"), PATIENCE).describe()
+
+    assert re.fullmatch(rf"{kind} [1-9]+\.[0-9]+\S*, the operator's own", describe(binary))
+    assert describe(nothing) == describe(tmp_path / "missing") == f"{kind}, the operator's own"
