@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
     total = next(line for line in _lines("/proc/meminfo") if line.startswith("MemTotal")).split()[1]
     return {
         "cpus": os.cpu_count(), "cpu": model.strip(), "memory_gib": round(int(total) / 2**20),
-        "kernel": platform.release(), "python": platform.python_version(),
+        "kernel": platform.release().partition("-")[0], "python": platform.python_version(),
         "commit": _said("git", "log", "-1", "--format=%h", "--", "certworker", "migrations"),
         "caddy": _said(".tools/bin/caddy", "version"), "lego": _said(".tools/bin/lego", "--version"),
         "certbot": _said(".tools/peers/bin/certbot", "--version"),
