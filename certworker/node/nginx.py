@@ -19,12 +19,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from certworker.core.snapshot import Snapshot
 from certworker.errors import CheckRefused, CommandRefused, NodeError, ReloadRefused
-from certworker.node.folder import Folder, write_file
-from certworker.node.lookup import Lookup
+from certworker.node.folder import Folder
+from certworker.node.lookup import Lookup, load_addresses, save_addresses
 from certworker.node.machine import (
     READY_LIMIT,
     Master,
@@ -66,7 +64,6 @@ _MASTER = "nginx: master process "
 _WORKER = "nginx: worker process"
 _ANSWER = re.compile(rb"\r\n\r\n(?P<number>\d+) (?P<digest>[0-9a-f]+)$")
 _KEY = "-----BEGIN PRIVATE KEY-----"
-_ADDRESSES = TypeAdapter(dict[str, tuple[str, ...]])
 
 
 def allowed_connections() -> int:
@@ -120,7 +117,7 @@ class Nginx:
         self._patience = patience
         self._lookup = lookup or Lookup(patience)
         self._addresses_path = folder.path / "addresses.json"
-        self._lookup.remember(_load_addresses(self._addresses_path))
+        self._lookup.remember(load_addresses(self._addresses_path))
         self._log = folder.run / "nginx.log"
         self._socket = folder.run / "version.sock"
         self._log.touch(mode=0o600)  # nginx would let others read it
@@ -159,7 +156,7 @@ class Nginx:
         self._rendered = dict(self._lookup.addresses(names_to_resolve(snapshot)))
         if self._rendered:
             # A DNS that is away when the next agent starts takes no upstream away.
-            write_file(self._addresses_path, _ADDRESSES.dump_json(self._rendered))
+            save_addresses(self._addresses_path, self._rendered)
         if self._taken_over is None:
             self._taken_over = self._rendered
         options = NginxOptions(
@@ -306,14 +303,6 @@ def _digest(lists: Lists) -> str:
     lines += [f"list {name}" for name in lists.certificates]
     lines += ["thumbprints"] if lists.thumbprints is not None else []
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _load_addresses(path: Path) -> dict[str, tuple[str, ...]]:
-    try:
-        found = _ADDRESSES.validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return {}
-    return {host: addresses for host, addresses in found.items() if addresses}
 
 
 def read_pair(file: str) -> PairText:
