@@ -42,7 +42,7 @@ _PATIENCE = 10.0
 """Seconds after which nothing is run again: whoever waited so long for a lock or a server is told."""
 _POOL_WAIT = 5.0
 """Seconds to wait for a connection while all are in use."""
-_SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000")
+_SQLITE_PRAGMAS = ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
 
 # What a server's own defaults must not change, and what ends by itself.
 _SESSION = {

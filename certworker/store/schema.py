@@ -102,10 +102,13 @@ def _without_foreign_keys(connection: Connection) -> Iterator[None]:
         return
     # Past SQLAlchemy, which would begin a transaction first: inside one SQLite ignores it.
     cursor = connection.connection.cursor()
+    (patience,) = cursor.execute("PRAGMA busy_timeout").fetchone()
     cursor.execute("PRAGMA foreign_keys=OFF")
+    cursor.execute("PRAGMA busy_timeout=60000")  # another migration may take longer than any write does
     try:
         yield
     finally:
+        cursor.execute(f"PRAGMA busy_timeout={patience}")
         cursor.execute("PRAGMA foreign_keys=ON")
 
 
