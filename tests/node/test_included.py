@@ -366,34 +366,23 @@ def test_a_hanging_command_does_not_make_a_node_silent() -> None:
     assert silent >= 2 * COMMAND_LIMIT
 
 
-def test_a_command_that_says_yes_and_does_nothing_is_found_out(served: Machine, authority: Authority) -> None:
-    """What the proxy has read it says itself."""
-    files = served.operator.include.readlink()
-    served.limit = timedelta(seconds=1)
-    served.restart_agent()
-    served.step()
-    served.operator.say(served.operator.reload_script, "exit 0")
-    served.source.put(authority.issue(1, NAME))
+@pytest.mark.parametrize("scene", ["served", "half_routed"])
+def test_a_command_that_says_yes_and_does_nothing_is_found_out(
+    machine: Machine, scene: str, request: pytest.FixtureRequest, authority: Authority
+) -> None:
+    """What the proxy has read it says itself, also where another port has no route; the files before are back."""
+    request.getfixturevalue(scene)
+    operator, files = machine.operator, machine.operator.include.readlink()
+    machine.limit = timedelta(seconds=1)
+    machine.restart_agent()
+    machine.step()
+    operator.say(operator.reload_script, "exit 0")
+    machine.source.put(authority.issue(1, NAME))
 
-    heartbeat = served.step()
+    heartbeat = machine.step()
 
-    assert f"port {served.operator.plain} gives other files" in str(heartbeat.error)
-    assert served.operator.include.readlink() == files
-
-
-def test_a_port_without_a_route_hides_no_refused_reload(half_routed: Machine, authority: Authority) -> None:
-    """The port with a route tells that nothing was taken over; the files before are back."""
-    files = half_routed.operator.include.readlink()
-    half_routed.limit = timedelta(seconds=1)
-    half_routed.restart_agent()
-    half_routed.step()
-    half_routed.operator.say(half_routed.operator.reload_script, "exit 0")
-    half_routed.source.put(authority.issue(1, NAME))
-
-    heartbeat = half_routed.step()
-
-    assert f"port {half_routed.operator.plain} gives other files" in str(heartbeat.error)
-    assert half_routed.operator.include.readlink() == files
+    assert f"port {operator.plain} gives other files" in str(heartbeat.error)
+    assert operator.include.readlink() == files
 
 
 def test_a_port_without_a_route_is_not_waited_for(half_routed: Machine, authority: Authority) -> None:
