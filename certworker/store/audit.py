@@ -1,5 +1,6 @@
 """The audit log: who did what, in the same transaction as the change itself."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -21,8 +22,25 @@ def record_flip(
     tx: Connection, kind: str, table: str, row_id: str, before: dict[str, Any], after: dict[str, Any], now: datetime
 ) -> None:
     """Write the row of a changed status: action `<kind>.<status>`."""
-    diff = {"table": table, "id": row_id, "before": before, "after": after}
-    record(tx, f"{kind}.{after['status']}", diff, now)
+    record_flips(tx, kind, table, [(row_id, before, after)], now)
+
+
+def record_flips(
+    tx: Connection, kind: str, table: str, flips: Sequence[tuple[str, dict[str, Any], dict[str, Any]]], now: datetime
+) -> None:
+    """Write the rows of many, each given as (row id, before, after)."""
+    rows = [
+        {
+            "id": new_id(), "actor": WORKER, "action": f"{kind}.{after['status']}", "created_at": now,
+            "diff": {"table": table, "id": row_id, "before": before, "after": after},
+        }
+        for row_id, before, after in flips
+    ]  # fmt: skip
+    if rows:
+        tx.execute(_ADD, rows)
+
+
+_ADD = insert(audit_logs)
 
 
 def newest(tx: Connection, limit: int = 100) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """`tls_policies`: which names are wanted, and how they stand."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Text, delete, exists, func, select, type_coerce, update
+from sqlalchemy import Connection, Text, bindparam, delete, exists, func, select, text, type_coerce, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from certworker.store import audit
@@ -102,46 +103,84 @@ def record_refused(tx: Connection, policy_id: str, refused: list[dict[str, str]]
 
 
 def refresh_status(tx: Connection, policy_id: str, now: datetime) -> str | None:
-    """Bring a policy's status up to date, with an audit row if it flips; return it, None if it is gone.
+    """Bring one policy's status up to date; return it, None if the policy is gone."""
+    return refresh_statuses(tx, [policy_id], now).get(policy_id)
+
+
+def refresh_statuses(tx: Connection, policy_ids: Iterable[str], now: datetime) -> dict[str, str]:
+    """Bring the statuses of policies up to date, with an audit row for each that flips; return those there, by id.
 
     `error` if any wanted name is refused, or lacks a valid certificate and its last attempt failed;
-    `pending` if any lacks one; else `active`.
+    `pending` if any lacks one; else `active`. Locks the policies: whoever locks lineages too does that before.
     """
-    row = tx.execute(
-        select(*columns_of(Policy, tls_policies)).where(tls_policies.c.id == policy_id).with_for_update()
-    ).first()
-    if row is None:
-        return None
-    policy = to_value(Policy, row)
-    status = _manual_status(tx, policy) if policy.mode == "manual" else _auto_status(tx, policy)
-    if status != policy.status:
-        tx.execute(update(tls_policies).where(tls_policies.c.id == policy_id).values(status=status, updated_at=now))
-        after: dict[str, Any] = {"status": status}
-        if status == "error":
-            after["reason"] = _reason(tx, policy)
-        audit.record_flip(tx, "policy", "tls_policies", policy_id, {"status": policy.status}, after, now)
-    return status
+    statuses: dict[str, str] = {}
+    for page in pages(sorted(set(policy_ids))):
+        locked = [_Standing(*row) for row in tx.execute(_LOCK_STANDINGS, {"ids": page})]
+        found = _auto_statuses(tx, locked) | _manual_statuses(tx, locked)
+        _record_flips(tx, [one for one in locked if found[one.id] != one.status], found, now)
+        statuses |= found
+    return statuses
 
 
-def _auto_status(tx: Connection, policy: Policy) -> str:
-    if policy.refused_names or _lacks(tx, policy.id, "error"):
-        return "error"
-    return "pending" if _lacks(tx, policy.id, "pending") else "active"
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """What a policy's status is judged by, but for its domains, which may be thousands."""
+
+    id: str
+    mode: str
+    status: str
+    refused_names: list[dict[str, str]] | None
 
 
-def _lacks(tx: Connection, policy_id: str, lineage_status: str) -> bool:
-    link = policy_lineages.c
-    query = select(1).where(
-        link.policy_id == policy_id, link.lineage_status == lineage_status, link.lineage_status != "active"
-    )
-    return tx.execute(query.limit(1)).first() is not None
+_AMONG = tls_policies.c.id.in_(bindparam("ids", expanding=True))
+_LOCK_STANDINGS = (
+    select(*columns_of(_Standing, tls_policies)).where(_AMONG).order_by(tls_policies.c.id).with_for_update()
+)
+_LACKING = text("policy_lineages.lineage_status <> 'active'")
+"""Word for word as in the partial index, or SQLite reads every link of the policy instead."""
+_WORST = (
+    select(func.min(policy_lineages.c.lineage_status))  # "error" comes before "pending"
+    .where(policy_lineages.c.policy_id == tls_policies.c.id, _LACKING)
+    .scalar_subquery()
+)
+# A statement of its own after the one that locks: that one sees links as they were before it waited.
+_READ_WORST = select(tls_policies.c.id, _WORST).where(_AMONG)
+_READ_DOMAINS = select(tls_policies.c.id, tls_policies.c.domains).where(_AMONG)
+_SET_STATUS = update(tls_policies).where(_AMONG).values(status=bindparam("to"), updated_at=bindparam("now"))
 
 
-def _manual_status(tx: Connection, policy: Policy) -> str:
-    if policy.refused_names:
-        return "error"
-    names = [name for name in policy.domains if isinstance(name, str)]
-    found = _statuses_by_name(tx, names)
+def _auto_statuses(tx: Connection, locked: list[_Standing]) -> dict[str, str]:
+    """Return what the lineages of these policies say: one look-up in an index each, however many they are."""
+    judged = {one.id: "error" for one in locked if one.mode == "auto" and one.refused_names}
+    ids = [one.id for one in locked if one.mode == "auto" and not one.refused_names]
+    if ids:
+        judged |= {row[0]: row[1] or "active" for row in tx.execute(_READ_WORST, {"ids": ids})}
+    return judged
+
+
+def _record_flips(tx: Connection, flipped: list[_Standing], statuses: dict[str, str], now: datetime) -> None:
+    for status in sorted({statuses[one.id] for one in flipped}):
+        ids = [one.id for one in flipped if statuses[one.id] == status]
+        tx.execute(_SET_STATUS, {"ids": ids, "to": status, "now": now})
+    flips = [
+        (one.id, {"status": one.status}, {"status": statuses[one.id], **_reason(tx, one, statuses[one.id])})
+        for one in flipped
+    ]
+    audit.record_flips(tx, "policy", "tls_policies", flips, now)
+
+
+def _manual_statuses(tx: Connection, locked: list[_Standing]) -> dict[str, str]:
+    judged = {one.id: "error" for one in locked if one.mode == "manual" and one.refused_names}
+    ids = [one.id for one in locked if one.mode == "manual" and not one.refused_names]
+    if ids:
+        rows = tx.execute(_READ_DOMAINS, {"ids": ids})
+        wanted = {row[0]: [name for name in row[1] if isinstance(name, str)] for row in rows}
+        found = _statuses_by_name(tx, sorted({name for names in wanted.values() for name in names}))
+        judged |= {policy_id: _manual_status(names, found) for policy_id, names in wanted.items()}
+    return judged
+
+
+def _manual_status(names: list[str], found: dict[str, set[str]]) -> str:
     lacking = [found.get(name, set()) for name in names if "active" not in found.get(name, set())]
     if any(lacking):
         return "error"
@@ -169,13 +208,20 @@ def manual_ids(tx: Connection) -> list[str]:
     return list(tx.execute(select(tls_policies.c.id).where(tls_policies.c.mode == "manual")).scalars())
 
 
-def _reason(tx: Connection, policy: Policy) -> Any:
+def _reason(tx: Connection, policy: _Standing, status: str) -> dict[str, Any]:
+    """Return what the audit row of a flip to `error` says besides."""
+    if status != "error":
+        return {}
     if policy.refused_names:
-        return policy.refused_names
-    query = (
-        select(lineages.c.dns_names, lineages.c.error)
-        .join(policy_lineages, policy_lineages.c.lineage_id == lineages.c.id)
-        .where(policy_lineages.c.policy_id == policy.id, policy_lineages.c.lineage_status == "error")
-        .limit(5)
-    )
-    return [{"names": names, "error": error} for names, error in tx.execute(query)]
+        return {"reason": policy.refused_names}
+    rows = tx.execute(_READ_REASON, {"policy_id": policy.id})
+    return {"reason": [{"names": names, "error": error} for names, error in rows]}
+
+
+_READ_REASON = (
+    select(lineages.c.dns_names, lineages.c.error)
+    .join(policy_lineages, policy_lineages.c.lineage_id == lineages.c.id)
+    .where(policy_lineages.c.policy_id == bindparam("policy_id"))
+    .where(policy_lineages.c.lineage_status == "error", _LACKING)
+    .limit(5)
+)

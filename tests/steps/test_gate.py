@@ -3,14 +3,12 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from sqlalchemy import event
 
 from certworker.ca.client import Client
 from certworker.ca.transport import ANSWER_LIMIT, Response
@@ -22,6 +20,7 @@ from certworker.store.database import Database, open_database
 from certworker.store.rows import new_id
 from tests.ca.fake import FakeCa
 from tests.store.given import url_of
+from tests.store.plans import statements
 
 from .world import START, Clock, World
 
@@ -118,19 +117,6 @@ def fleet(world: World) -> Iterator[Fleet]:
     yield fleet
     for db in fleet.opened:
         db.close()
-
-
-@contextmanager
-def statements(db: Database) -> Iterator[list[str]]:
-    """Collect what is sent to a database."""
-    sent: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        sent.append(statement)
-
-    event.listen(db.engine, "before_cursor_execute", note)
-    yield sent
-    event.remove(db.engine, "before_cursor_execute", note)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:

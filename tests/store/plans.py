@@ -1,6 +1,7 @@
 """How the database goes about a query."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -30,3 +31,17 @@ def explain(db: Database, fn: Callable[[Connection], Any], verb: str = "SELECT",
         return "\n".join(str(row[-1]) for row in tx.exec_driver_sql(word + statement, values))
 
     return db.read(run)
+
+
+@contextmanager
+def statements(db: Database) -> Iterator[list[str]]:
+    """Collect what is sent to a database, without BEGIN; a statement that is sent with many rows is one."""
+    sent: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if not statement.startswith("BEGIN"):
+            sent.append(statement)
+
+    event.listen(db.engine, "before_cursor_execute", note)
+    yield sent
+    event.remove(db.engine, "before_cursor_execute", note)

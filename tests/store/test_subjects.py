@@ -39,7 +39,7 @@ from certworker.store.versions import Version
 
 from .conftest import ISSUER, NOW, add_lineage
 from .given import ACCOUNT, CERTIFICATE, INSERTS, LISTENER, POLICY, POOL, ROUTE, TARGET, VERSION, Program
-from .plans import explain
+from .plans import explain, statements
 
 DAY = timedelta(days=1)
 PLAIN = Sealer(None, sealing=False)
@@ -155,6 +155,27 @@ def test_a_policy_stands_as_its_worst_name(db: Database, stand: tuple[str, ...])
     count = len(logged)
     db.write(lambda tx: policies.refresh_status(tx, policy_id, NOW))
     assert len(flips(db)) == count
+
+
+def test_many_policies_are_brought_up_to_date_together(db: Database) -> None:
+    """In as many statements as one of them: locked, judged, and set and told once for each status."""
+    names = [f"{number}.test" for number in range(20)]
+    ids = [db.write(lambda tx, name=name: policies.add(tx, [name], NOW)) for name in names]
+    manual = db.write(lambda tx: policies.add(tx, ["m.test"], NOW, mode="manual"))
+    for policy_id, name in zip(ids, names, strict=True):
+        db.write(lambda tx, p=policy_id, n=name: lineages.link(tx, p, [add_lineage(tx, [n])]))
+    failed = db.read(lambda tx: lineages.naming(tx, names[0]))[0].id
+    db.write(lambda tx: tx.execute(update(policy_lineages).values(lineage_status="active")))
+    with statements(db) as sent:
+        db.write(lambda tx: policies.refresh_statuses(tx, ids[1:], NOW))
+    assert len(sent) == 4
+
+    fail = update(policy_lineages).where(policy_lineages.c.lineage_id == failed).values(lineage_status="error")
+    db.write(lambda tx: tx.execute(fail))
+    found = db.write(lambda tx: policies.refresh_statuses(tx, [*ids, manual, new_id(), ids[0]], NOW))
+
+    assert found == {**dict.fromkeys(ids, "active"), ids[0]: "error", manual: "pending"}
+    assert sorted(action for action, _, _ in flips(db)) == ["policy.active"] * 19 + ["policy.error"]
 
 
 def test_a_refused_name_is_an_error_whatever_serves(db: Database, lineage_id: str) -> None:
@@ -329,7 +350,17 @@ def test_a_scan_costs_what_is_due(db: Database) -> None:
     assert "ix_lineages_due" in explain(db, lambda tx: lineages.peek_due(tx, NOW))
     assert "ix_lineages_unserved" in explain(db, lambda tx: lineages.unserved(tx, "", 5))
     assert "ix_certificates_active" in explain(db, lambda tx: certificates.expired(tx, NOW, 5))
-    assert "ix_policy_lineages_lacking" in explain(db, lambda tx: policies._lacks(tx, POLICY, "error"))
+
+
+def test_a_policys_status_is_one_look_up_whatever_it_wants(db: Database) -> None:
+    """By the partial index, though thousands of its names may lack a certificate; many policies at once too."""
+    ids = [db.write(lambda tx: policies.add(tx, ["a.test"], NOW)) for _ in range(3)]
+
+    plan = explain(db, lambda tx: policies.refresh_statuses(tx, ids, NOW), before=1)
+
+    assert "ix_policy_lineages_lacking" in plan
+    assert "SCAN" not in plan
+    assert "Hash" not in plan
 
 
 def test_what_a_scan_has_locked_another_one_skips(postgresql_db: Database) -> None:
