@@ -24,14 +24,16 @@ from certworker.outpost import make_proxy
 from certworker.resolver import look_up, look_up_caa
 from certworker.responder import Responder
 from certworker.settings import Settings
-from certworker.steps import barrier
+from certworker.steps.barrier import Barrier
 from certworker.steps.deliver import read_changes
 from certworker.steps.fleet import Fleet
 from certworker.steps.gate import Gate
 from certworker.steps.identity import take_identity
+from certworker.steps.pace import Pace, Paces
 from certworker.steps.register import Accounts, Registration
 from certworker.steps.session import Bench, Session
 from certworker.store import challenges, nodes, versions
+from certworker.store.journal import Journal
 from certworker.store.listen import Listener
 from certworker.wiring import App
 
@@ -72,10 +74,10 @@ def make_bench(app: App, worker_id: str, moved: Callable[[Session], None]) -> Be
     """Return what issuances are made with."""
     s, accounts = app.settings, make_accounts(app)
     return Bench(
-        app.db, accounts.client, accounts, make_gate(app, worker_id), s.acme_rate_limits, app.sealer, app.clock,
-        random.SystemRandom().random, lambda name: look_up(name, s.dns_resolver),
+        app.db, Journal(app.db), accounts.client, accounts, make_gate(app, worker_id), s.acme_rate_limits, app.sealer,
+        app.clock, Paces(Pace(), Pace()), random.SystemRandom().random, lambda name: look_up(name, s.dns_resolver),
         lambda name: look_up_caa(name, s.dns_resolver),
-        lambda names, thumbprint: app.db.read(lambda tx: barrier.why_not(tx, names, thumbprint, s.node_silent)),
+        Barrier(app.db, s.node_silent).why_not,
         moved,
     )  # fmt: skip
 

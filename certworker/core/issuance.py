@@ -1,14 +1,14 @@
 """One attempt to get one certificate: its states, and the one thing that moves it forward.
 
-    queued → key_ready → order_intent → ordered → published → validating → authorized
-           → finalize_intent → finalizing → issued → downloaded → done
+    queued → order_intent → ordered → published → validating → finalize_intent → finalizing → done
+    finalizing → downloaded → done: a certificate that is not valid yet
     any open state → failed | cancelled
     an order that died of some of its names → queued, without these
 
-Every act at the CA has a committed state before it and a committed state after it, and every input
-of the act (key, CSR, account, names) is fixed in the row by then. After a crash the CA is asked where
-the order is; whatever it says, `next_action` has an answer, so nothing is guessed and nothing is
-done twice that matters.
+Every act at the CA has a committed state before it, and every input of the act (key, CSR, account, names)
+is fixed in the row by then; what only reads (order, authorizations, chain) needs none. After a crash the CA
+is asked where the order is; whatever it says, `next_action` has an answer, so nothing is guessed and nothing
+is done twice that matters.
 """
 
 from collections.abc import Iterable
@@ -28,44 +28,37 @@ from certworker.core.order import (
 class State(StrEnum):
     """What is committed. The comment says what happens next."""
 
-    QUEUED = "queued"  # make key and CSR
-    KEY_READY = "key_ready"  # choose the account, intend the order
+    QUEUED = "queued"  # choose the account, make key and CSR, intend the order
     ORDER_INTENT = "order_intent"  # newOrder
     ORDERED = "ordered"  # read the authorizations, publish the key authorizations
     PUBLISHED = "published"  # tell the CA to look
-    VALIDATING = "validating"  # wait for the CA
-    AUTHORIZED = "authorized"  # intend to finalize
+    VALIDATING = "validating"  # wait for the CA, intend to finalize
     FINALIZE_INTENT = "finalize_intent"  # finalize with the stored CSR
-    FINALIZING = "finalizing"  # wait for the CA
-    ISSUED = "issued"  # download
-    DOWNLOADED = "downloaded"  # activate, in one transaction
+    FINALIZING = "finalizing"  # wait for the CA; download and activate, in one transaction
+    DOWNLOADED = "downloaded"  # wait until it is valid, activate
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
 CLOSED = frozenset([State.DONE, State.FAILED, State.CANCELLED])
-_BEFORE_ORDER = frozenset([State.QUEUED, State.KEY_READY, State.ORDER_INTENT])
+_BEFORE_ORDER = frozenset([State.QUEUED, State.ORDER_INTENT])
 _BEFORE_READY = frozenset([State.ORDERED, State.PUBLISHED, State.VALIDATING])
-_BEFORE_ISSUED = _BEFORE_READY | {State.AUTHORIZED, State.FINALIZE_INTENT, State.FINALIZING}
 
 
 class Action(Enum):
     """One move: at most one act at the CA, then one commit."""
 
-    MAKE_KEY = auto()
     INTEND_ORDER = auto()
     PLACE_ORDER = auto()
     LOOK = auto()
     """Read the order; commits nothing."""
     PUBLISH_CHALLENGES = auto()
     ANSWER_CHALLENGES = auto()
-    NOTE_AUTHORIZED = auto()
     PROVE_AGAIN = auto()
     """The order was ready and is pending: see what the CA wants proved, commit no other state."""
     INTEND_FINALIZE = auto()
     FINALIZE = auto()
-    NOTE_ISSUED = auto()
     DOWNLOAD = auto()
     ACTIVATE = auto()
     WAIT = auto()
@@ -75,15 +68,13 @@ class Action(Enum):
 
 
 _BEFORE_ORDER_ACTIONS = {
-    State.QUEUED: Action.MAKE_KEY,
-    State.KEY_READY: Action.INTEND_ORDER,
+    State.QUEUED: Action.INTEND_ORDER,
     State.ORDER_INTENT: Action.PLACE_ORDER,
 }
 _PENDING_ACTIONS = {
     State.ORDERED: Action.PUBLISH_CHALLENGES,
     State.PUBLISHED: Action.ANSWER_CHALLENGES,
     # RFC 8555 §7.1.6 knows no way back; a CA that was restored from a backup, or lags behind itself, does.
-    State.AUTHORIZED: Action.PROVE_AGAIN,
     State.FINALIZE_INTENT: Action.PROVE_AGAIN,
     State.FINALIZING: Action.PROVE_AGAIN,
 }
@@ -105,20 +96,14 @@ def next_action(state: State, order: Order | None) -> Action:
         case OrderStatus.PENDING:
             return _PENDING_ACTIONS.get(state, Action.WAIT)
         case OrderStatus.READY:
-            return _when_ready(state)
+            # `ready` after a finalize that was accepted: the CA lost it; the same CSR makes it harmless.
+            return Action.INTEND_FINALIZE if state in _BEFORE_READY else Action.FINALIZE
         case OrderStatus.PROCESSING | OrderStatus.UNKNOWN:
             return Action.WAIT
         case OrderStatus.VALID:
-            return Action.NOTE_ISSUED if state in _BEFORE_ISSUED else Action.DOWNLOAD
+            return Action.DOWNLOAD
         case OrderStatus.INVALID:
             return Action.EXPLAIN_FAILURE
-
-
-def _when_ready(state: State) -> Action:
-    if state in _BEFORE_READY:
-        return Action.NOTE_AUTHORIZED
-    # `ready` after a finalize that was accepted: the CA lost it; the same CSR makes it harmless.
-    return Action.INTEND_FINALIZE if state is State.AUTHORIZED else Action.FINALIZE
 
 
 def unproved(authorizations: Iterable[Authorization]) -> tuple[Authorization, ...]:

@@ -20,14 +20,19 @@ from certworker.core.issuance import State
 from certworker.errors import LeaseLost, StoreError, StoreRefused
 from certworker.steps import trouble
 from certworker.steps.issue import advance
-from certworker.steps.session import Bench, Session, give_back, open_session, read_again
+from certworker.steps.session import Bench, Session, give_back, open_sessions, read_again
+from certworker.steps.waiting import Waiting, until
 from certworker.store import issuances, settings_kv, workers
 from certworker.store.database import Database, Transaction
 
 _log = logging.getLogger(__name__)
 
-_MOST_THREADS = 16
-"""More only wait for each other: the CA's answers are what takes time, and waiting holds no thread."""
+_MOST_THREADS = 64
+"""Requests to the CA under way at once; an issuance that waits for it holds no thread."""
+_AT_ONCE = 4
+"""While there is plenty to do, the database is asked for more when one in so many places is free ..."""
+_GATHER = timedelta(milliseconds=100)
+"""... or after this."""
 POLL = timedelta(seconds=1)
 """How often the database is asked for work that nobody announced."""
 _LONGEST_HOLD = timedelta(seconds=30)
@@ -39,8 +44,6 @@ _STORAGE = (0.2, 10.0)
 _DRAIN = timedelta(seconds=8)
 """How long a stop waits for CAs that are validating."""
 _LAST_ACTION = timedelta(seconds=5)
-_AFTER_FETCH = timedelta(milliseconds=100)
-"""CAs fetch a token several times; after the last fetch of a burst the CA is asked what it thinks."""
 
 
 class Crew:
@@ -64,12 +67,22 @@ class Crew:
         self._bench = bench
         self._worker_id = worker_id
         self._concurrency = concurrency
-        self._only = only
-        self._changed = threading.Condition()
-        self._waiting: list[Session] = []
-        self._in_work: list[Session] = []
+        self._only = None if only is None else dict.fromkeys(only)
+        """What may be claimed, in this order, and is not in hand."""
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        """Threads with nothing to do."""
+        self._watch = threading.Condition(self._lock)
+        """One of them, which watches the time; it hears of what is due sooner than it was."""
+        self._watched = False
+        self._waiting = Waiting()
+        self._in_work: dict[str, Session] = {}
+        """By issuance id."""
+        self._by_token: dict[str, Session] = {}
         self._claim_at: datetime | None = None
         """When the database is asked for work again; None: now."""
+        self._plenty = False
+        """The last time there was more to do than room for it."""
         self._claiming = False
         self._stopping = threading.Event()
         self._cut = threading.Event()
@@ -97,13 +110,16 @@ class Crew:
         seen through first.
         """
         give_up_at = time.monotonic() + within.total_seconds()
-        self._stopping.set()
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            self._stopping.set()
+            for session in self._waiting:
+                if not self._goes_on(session):
+                    self._waiting.remove(session)
+            self._wake_all()
             while self._validating() and time.monotonic() < give_up_at:
-                self._changed.wait(0.1)
+                self._idle.wait(0.1)
             self._cut.set()
-            self._changed.notify_all()
+            self._wake_all()
         # A request to the CA under way has its own time limit; the lease is given back all the same.
         give_up_at = time.monotonic() + _LAST_ACTION.total_seconds()
         for thread in self._threads:
@@ -119,30 +135,35 @@ class Crew:
 
     def poke(self) -> None:
         """Ask the database for work now: something was queued."""
-        with self._changed:
+        with self._lock:
             self._claim_at = None
-            self._changed.notify_all()
+            self._watch.notify()
 
     def realign(self) -> None:
         """Let nobody wait for a time that was another clock's: everything that waits looks now."""
-        with self._changed:
+        with self._lock:
             self._claim_at = None
             for session in self._waiting:
                 session.wait_until = self._bench.clock()
-            self._changed.notify_all()
+                self._waiting.put(session)
+            self._wake_all()
 
     def fetched(self, token: str) -> None:
-        """Look soon at the issuance whose token the CA has just fetched."""
-        with self._changed:
-            for session in self._waiting:
-                if token in session.tokens:
-                    session.wait_until = min(self._until(session), self._bench.clock() + _AFTER_FETCH)
-                    self._changed.notify()
+        """Look soon at the issuance whose token the CA has just fetched; one in work hears of it all the same."""
+        with self._lock:
+            session = self._by_token.get(token)
+            if session is None or session.fetched:
+                return
+            session.fetched = True
+            if session in self._waiting:
+                session.wait_until = min(until(session), self._bench.clock() + self._bench.paces.verdict.wait(0))
+                self._waiting.put(session)
+                self._watch.notify()
 
     @property
     def in_flight(self) -> int:
         """How many issuances this worker holds."""
-        with self._changed:
+        with self._lock:
             return len(self._in_work) + len(self._waiting)
 
     # -- threads --------------------------------------------------------------------------------------
@@ -163,42 +184,68 @@ class Crew:
                 self._stopping.wait(1)
 
     def _next(self) -> Session | None:
-        """Return a session to move, claiming new ones when there is room; None when the wait was cut short."""
-        with self._changed:
+        """Return a session to move, claiming new ones when there is room; None when there was nothing to do."""
+        with self._lock:
             now = self._bench.clock()
-            due = [session for session in self._waiting if self._goes_on(session) and self._until(session) <= now]
-            if due:
-                session = min(due, key=self._until)
-                self._waiting.remove(session)
-                self._in_work.append(session)
+            session = self._waiting.take(now)
+            if session is not None:
+                self._in_work[session.issuance.id] = session
+                self._call_another()
                 return session
             if not self._may_claim(now):
-                self._changed.wait(self._pause(now).total_seconds())
+                self._await_work(now)
                 return None
             self._claiming = True
-            room = self._concurrency - len(self._in_work) - len(self._waiting)
+            self._call_another()
+            room = self._room()
         self._claim(now, room)
         return None
+
+    def _await_work(self, now: datetime) -> None:
+        """Wait until there may be something to do: one thread watches the time, the others are called."""
+        if self._watched:
+            self._idle.wait(POLL.total_seconds())
+            return
+        self._watched = True
+        self._watch.wait(self._pause(now).total_seconds())
+        self._watched = False
+
+    def _call_another(self) -> None:
+        """Let somebody else see what there is to do, or watch the time."""
+        if not self._watched:
+            self._idle.notify()
+
+    def _wake_all(self) -> None:
+        self._watch.notify_all()
+        self._idle.notify_all()
 
     def _claim(self, now: datetime, room: int) -> None:
         """Ask the database for work; what may be ours then is in our hands, whatever went wrong."""
         claim_at, taken = now + self._poll * (0.8 + 0.4 * self._bench.draw()), dict[str, Session]()
+        plenty = False
         try:
             room = self._admitted(room)
             if room > 0:
                 self._take(now, room, taken)
-                claim_at = now if len(taken) == room else min(claim_at, self._next_attempt_at(now) or claim_at)
+                plenty = len(taken) == room
+                claim_at = now + _GATHER if plenty else min(claim_at, self._next_attempt_at(now) or claim_at)
         except Exception:
             # Whether the claim was committed shows when the database is back.
             for session in taken.values():
                 session.unsure = True
             raise
         finally:
-            with self._changed:
-                self._claiming = False
-                self._claim_at = claim_at
-                self._waiting.extend(taken.values())
-                self._changed.notify_all()
+            with self._lock:
+                self._claiming, self._plenty, self._claim_at = False, plenty, claim_at
+                for session in taken.values():
+                    self._hold(session)
+                self._watch.notify()
+                self._call_another()
+
+    def _hold(self, session: Session) -> None:
+        """Keep a session until its time; while stopping, only what the CA is validating."""
+        if self._goes_on(session):
+            self._waiting.put(session)
 
     def _admitted(self, room: int) -> int:
         """Return how many may be claimed: fewer than there is room for while the CA is in trouble."""
@@ -209,32 +256,38 @@ class Crew:
     def _take(self, now: datetime, room: int, taken: dict[str, Session]) -> None:
         """Claim up to `room` issuances; `taken` gets by id what may have become ours, also when this fails."""
         kept_at, directory_url = time.monotonic(), self._bench.accounts.directory_url
+        only = None if self._only is None else list(self._only)
 
         def claim(tx: Transaction) -> None:
             # When this is run again, nobody knows whether it was committed before.
             for session in taken.values():
                 session.unsure = True
-            for issuance in issuances.claim(tx, self._worker_id, now, room, self._only, directory_url):
-                taken[issuance.id] = open_session(tx, issuance)
-                taken[issuance.id].kept_at = kept_at
+            claimed = issuances.claim(tx, self._worker_id, now, room, only, directory_url)
+            for session in open_sessions(tx, claimed):
+                session.kept_at = kept_at
+                taken[session.issuance.id] = session
 
         self._bench.db.write(claim)
         for session in self._too_many_suspects(taken.values()):
             with suppress(LeaseLost):
                 give_back(self._bench, session, now + self._poll)
             del taken[session.issuance.id]
+        if self._only is not None:
+            for issuance_id in taken:
+                self._only.pop(issuance_id, None)
 
     def _too_many_suspects(self, taken: Iterable[Session]) -> list[Session]:
         """Return which of these must not be worked on beside another suspect."""
-        with self._changed:
-            in_hand = any(map(_is_suspect, [*self._in_work, *self._waiting]))
+        with self._lock:
+            in_hand = any(map(_is_suspect, self._in_hand()))
         suspects = [session for session in taken if _is_suspect(session)]
         return suspects if in_hand else suspects[1:]
 
     def _next_attempt_at(self, now: datetime) -> datetime | None:
         directory_url = self._bench.accounts.directory_url
-        upcoming = self._bench.db.read(lambda tx: issuances.next_attempt_at(tx, self._only, directory_url))
-        return None if upcoming is None else max(upcoming, now + _AFTER_FETCH)
+        only = None if self._only is None else list(self._only)
+        upcoming = self._bench.db.read(lambda tx: issuances.next_attempt_at(tx, only, directory_url))
+        return None if upcoming is None else max(upcoming, now + _GATHER)
 
     def _move(self, session: Session) -> None:
         """Move one session until it waits or ends."""
@@ -247,6 +300,7 @@ class Crew:
             while session.issuance.is_open and session.issuance.lease_owner is not None and self._goes_on(session):
                 self._make_sure(session)
                 self._advance(session)
+                self._expect_fetch(session)
                 if session.wait_until is not None:
                     break
             kept = self._keeps(session)
@@ -257,11 +311,27 @@ class Crew:
             session.unsure, session.wait_until, kept = True, None, True
             raise
         finally:
-            with self._changed:
-                self._in_work.remove(session)
+            with self._lock:
+                del self._in_work[session.issuance.id]
                 if kept:
-                    self._waiting.append(session)
-                self._changed.notify_all()
+                    self._hold(session)
+                else:
+                    self._let_go(session)
+
+    def _expect_fetch(self, session: Session) -> None:
+        """Know what the CA is about to fetch, before it is told that it may."""
+        if session.issuance.state == State.PUBLISHED:
+            with self._lock:
+                self._by_token |= dict.fromkeys(session.tokens, session)
+
+    def _let_go(self, session: Session) -> None:
+        """Forget a session; one that is still open may be claimed again."""
+        for token in session.tokens:
+            self._by_token.pop(token, None)
+        if self._only is not None:
+            self._only.pop(session.issuance.id, None)
+            if session.issuance.is_open:
+                self._only[session.issuance.id] = None
 
     def _set_aside(self, session: Session) -> None:
         _log.error("issuance.quarantined", extra={"issuance": session.issuance.id, "state": session.issuance.state})
@@ -314,14 +384,15 @@ class Crew:
 
         What another worker has taken is dropped; a session in work finds out at its next write.
         """
-        with self._changed:
-            sessions = [*self._in_work, *self._waiting]
+        with self._lock:
+            sessions = self._in_hand()
         kept = self._extend(self._reserved, sessions)
-        with self._changed:
+        with self._lock:
             for session in sessions:
                 if session.issuance.id not in kept and session in self._waiting and not session.unsure:
                     _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id})
                     self._waiting.remove(session)
+                    self._let_go(session)
 
     def _extend(self, db: Database, sessions: list[Session]) -> set[str]:
         """Extend the leases of these sessions; return the ids of those that are still ours."""
@@ -339,24 +410,30 @@ class Crew:
     # -- with the lock held ---------------------------------------------------------------------------
 
     def _may_claim(self, now: datetime) -> bool:
-        return self._has_room() and (self._claim_at is None or self._claim_at <= now)
+        if not self._has_room():
+            return False
+        due = self._claim_at is None or self._claim_at <= now
+        return due or (self._plenty and self._room() * _AT_ONCE >= self._concurrency)
 
     def _has_room(self) -> bool:
-        room = self._concurrency - len(self._in_work) - len(self._waiting)
-        return room > 0 and not self._claiming and not self._stopping.is_set() and self._may_order()
+        return self._room() > 0 and not self._claiming and not self._stopping.is_set() and self._may_order()
+
+    def _room(self) -> int:
+        return self._concurrency - len(self._in_work) - len(self._waiting)
 
     def _pause(self, now: datetime) -> timedelta:
-        moments = [self._until(session) for session in self._waiting if self._goes_on(session)]
+        moments = [now + POLL]  # whether a proxy answers by now is told by nobody
+        if (first := self._waiting.first()) is not None:
+            moments.append(first)
         if self._claim_at is not None and self._has_room():
             moments.append(self._claim_at)
-        longest = now + POLL  # whether a proxy answers by now is told by nobody
-        return max(min([*moments, longest]) - now, timedelta(milliseconds=1))
+        return max(min(moments) - now, timedelta(milliseconds=1))
+
+    def _in_hand(self) -> list[Session]:
+        return [*self._in_work.values(), *self._waiting]
 
     def _validating(self) -> bool:
-        return any(_is_validating(session) for session in [*self._in_work, *self._waiting])
-
-    def _until(self, session: Session) -> datetime:
-        return session.wait_until or session.issuance.attempt_at
+        return any(map(_is_validating, self._in_hand()))
 
 
 def _is_suspect(session: Session) -> bool:

@@ -6,8 +6,11 @@ wait for the CA.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from enum import Enum, auto
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -37,7 +40,11 @@ from certworker.steps import prove, trouble
 from certworker.steps.session import Bench, Session, account_of, cancel, give_back, record
 from certworker.store import budget, certificates, challenges, issuances, lineages, renewal_info
 from certworker.store.budget import Refusal
+from certworker.store.certificates import Activation
 from certworker.store.issuances import Issuance
+from certworker.store.journal import Kind
+from certworker.store.lineages import Lineage, NewCertificate
+from certworker.store.rows import new_id
 
 _log = logging.getLogger(__name__)
 
@@ -93,14 +100,32 @@ def advance(bench: Bench, session: Session) -> None:
 # -- actions, in the order of a life ------------------------------------------------------------------
 
 
-def _make_key(bench: Bench, session: Session) -> None:
+def _intend_order(bench: Bench, session: Session) -> None:
+    """Make the key, debit the rate ledger and fix everything that the order says."""
+    account_id = bench.accounts.used()
+    informs = bench.client.directory().renewal_info is not None
+    intent = _Intent(bench, session, account_id, informs, bench.clock(), _make_key(bench, session))
+    intended = bench.journal.write(_INTEND, intent)
+    match intended:
+        case Issuance():
+            session.issuance, session.intended = intended, True
+        case Refusal():
+            trouble.await_budget(bench, session, intended)
+        case _Not.OTHER_ACCOUNT:
+            bench.accounts.look_again()
+        case _Not.SAME_NAMES:
+            trouble.await_same_names(bench, session)
+
+
+def _make_key(bench: Bench, session: Session) -> dict[str, Any]:
+    """Return the columns of a new key and its CSR."""
     names = session.issuance.dns_names or _names_to_order(bench, session)
     key = csr.make_key(session.lineage.key_type)
     sealed = bench.sealer.seal(csr.key_to_pem(key), table="issuances", column="key_pem", row_id=session.issuance.id)
-    record(
-        bench, session, State.KEY_READY, key_pem=sealed, csr_der=csr.make_csr(key, names),
-        spki_sha256=csr.spki_sha256(key.public_key()), dns_names=names, names_hash=names_hash(names),
-    )  # fmt: skip
+    return {
+        "key_pem": sealed, "csr_der": csr.make_csr(key, names), "spki_sha256": csr.spki_sha256(key.public_key()),
+        "dns_names": names, "names_hash": names_hash(names),
+    }  # fmt: skip
 
 
 def _names_to_order(bench: Bench, session: Session) -> list[str]:
@@ -113,49 +138,98 @@ def _names_to_order(bench: Bench, session: Session) -> list[str]:
     return [name for name in names if name not in later]
 
 
-def _intend_order(bench: Bench, session: Session) -> None:
-    if not _still_wanted(bench, session):
-        return
-    account_id, _ = bench.accounts.default()
-    informs = bench.client.directory().renewal_info is not None
-    try:
-        intended = bench.db.write(lambda tx: _intend(tx, bench, session, account_id, informs))
-    except _SameNames:
-        trouble.await_same_names(bench, session)
-        return
-    if isinstance(intended, Refusal):
-        trouble.await_budget(bench, session, intended)
-    else:
-        session.issuance = intended
+class _Not(Enum):
+    """Why an order is not intended now."""
+
+    OTHER_ACCOUNT = auto()
+    """Orders are made with another account by now, or with another key."""
+    SAME_NAMES = auto()
+    """Another issuance orders the same names."""
 
 
-class _SameNames(Exception):
-    """Another issuance orders the same names: what was debited for this one is rolled back."""
+@dataclass(frozen=True, slots=True)
+class _Intent:
+    """An order that is to be intended."""
+
+    bench: Bench
+    session: Session
+    account_id: str
+    informs: bool
+    """Whether the CA offers renewal information, so that it knows the word `replaces`."""
+    now: datetime
+    key: dict[str, Any]
+
+    @property
+    def lineage_id(self) -> str:
+        return self.session.lineage.id
 
 
-def _intend(tx: Connection, bench: Bench, session: Session, account_id: str, informs: bool) -> Issuance | Refusal:
-    """Debit the rate ledger and fix everything that the order says, in one transaction."""
-    row, now = session.issuance, bench.clock()
-    if (recorded := issuances.find_recorded(tx, row, State.ORDER_INTENT)) is not None:
-        return recorded
-    assert row.names_hash is not None
-    replaces = renewal_info.find_replaceable(tx, session.lineage.id, account_id, now) if informs else None
-    urgent = session.is_urgent(now)
-    charges = trouble.charges_of(tx, bench, session, urgent=urgent, replaces=replaces)
-    refusal = budget.spend(tx, session.lineage.directory_url, charges, account_id, now)
-    if refusal is not None:
-        return refusal
+def _intend(tx: Connection, intents: Sequence[_Intent]) -> list[Issuance | Refusal | _Not]:
+    """Debit the rate ledger and fix everything that the orders say, in one transaction."""
+    if len(intents) == 1:  # of several none is written again: their claims have moved on
+        recorded = issuances.find_recorded(tx, intents[0].session.issuance, State.ORDER_INTENT)
+        if recorded is not None:
+            return [recorded]
+    wanted = lineages.wanted_among(tx, [intent.lineage_id for intent in intents])
+    accounts = {intent.account_id for intent in intents}
+    used = {account_id for account_id in accounts if intents[0].bench.accounts.is_default(tx, account_id)}
+    answers: dict[str, Issuance | Refusal | _Not] = {}
+    for account_id in sorted(used):
+        ordering = [one for one in intents if one.account_id == account_id and one.lineage_id in wanted]
+        answers |= _debit(tx, ordering, account_id)
+    for intent in intents:
+        if intent.lineage_id not in wanted:
+            answers[intent.lineage_id] = cancel(tx, intent.session, intent.now)
+    return [answers.get(intent.lineage_id, _Not.OTHER_ACCOUNT) for intent in intents]
+
+
+def _debit(tx: Connection, intents: Sequence[_Intent], account_id: str) -> dict[str, Issuance | Refusal | _Not]:
+    """Do so for those whose order is wanted, with the account that orders are made with; by lineage."""
+    if not intents:
+        return {}
+    bench, now = intents[0].bench, max(intent.now for intent in intents)
+    present = certificates.of_lineages(tx, [intent.lineage_id for intent in intents])
+    replaces = {intent.lineage_id: _find_replaceable(tx, intent, account_id) for intent in intents}
+    charges = {
+        intent.lineage_id: trouble.charges_of(
+            bench.limits, intent.session.lineage, intent.key["dns_names"], present.get(intent.lineage_id),
+            urgent=intent.session.is_urgent(now), replaces=replaces[intent.lineage_id],
+        )
+        for intent in intents
+    }  # fmt: skip
+    asked = [charge for of_one in charges.values() for charge in of_one]
+    ledger = budget.Ledger(tx, bench.accounts.directory_url, asked, account_id, now)
     # Every order of these names waits for the same bucket's row: what is committed is all there is.
-    if issuances.is_ordering(tx, row.names_hash, account_id, row.id, now):
-        raise _SameNames
-    return issuances.record(
-        tx, row, now, state=State.ORDER_INTENT, account_id=account_id, replaces=replaces, urgent=urgent,
-        failures=0, error=None,
-    )  # fmt: skip
+    ordering = issuances.being_ordered(tx, {intent.key["names_hash"] for intent in intents}, account_id, now)
+    answers: dict[str, Issuance | Refusal | _Not] = {}
+    changes: dict[str, issuances.Change] = {}
+    for intent in intents:
+        row, lineage_id, hashed = intent.session.issuance, intent.lineage_id, intent.key["names_hash"]
+        if hashed in ordering:
+            answers[lineage_id] = _Not.SAME_NAMES
+        elif (refusal := ledger.spend(charges[lineage_id])) is not None:
+            answers[lineage_id] = refusal
+        else:
+            ordering.add(hashed)
+            changes[lineage_id] = issuances.change(
+                row, intent.now, state=State.ORDER_INTENT, account_id=account_id, replaces=replaces[lineage_id],
+                urgent=intent.session.is_urgent(now), failures=0, error=None, **intent.key,
+            )  # fmt: skip
+    ledger.write()
+    return answers | dict(zip(changes, issuances.record_all(tx, list(changes.values())), strict=True))
+
+
+_INTEND = Kind(turn=0, write=_intend)
+
+
+def _find_replaceable(tx: Connection, intent: _Intent, account_id: str) -> str | None:
+    if not intent.informs or intent.session.lineage.renewal_id is None:
+        return None
+    return renewal_info.find_replaceable(tx, intent.lineage_id, account_id, intent.now)
 
 
 def _place_order(bench: Bench, session: Session) -> None:
-    if not _still_wanted(bench, session):
+    if not session.intended and not _still_wanted(bench, session):
         return
     profile, replaces = session.lineage.profile or None, session.issuance.replaces
     order = bench.client.new_order(account_of(bench, session), session.dns_names, profile, replaces)
@@ -169,19 +243,31 @@ def _place_order(bench: Bench, session: Session) -> None:
 def _look(bench: Bench, session: Session) -> None:
     assert session.issuance.order_url is not None
     session.order = bench.client.fetch_order(account_of(bench, session), session.issuance.order_url)
+    session.looks += 1
     if session.order.status is OrderStatus.INVALID:
         session.authorizations = None  # one of them has changed
 
 
 def _intend_finalize(bench: Bench, session: Session) -> None:
-    now = bench.clock()
+    if session.fetched:
+        bench.paces.verdict.learn(session.looks)
+    session.looks, session.authorizations = 0, None
+    session.issuance = bench.journal.write(_FINALIZE, (session, bench.clock()))
 
-    def intend(tx: Connection) -> Issuance:
-        if not lineages.is_linked(tx, session.lineage.id):
-            return cancel(tx, session, now)  # it would be thrown away, and counts against limits all the same
-        return issuances.record(tx, session.issuance, now, state=State.FINALIZE_INTENT, failures=0, error=None)
 
-    session.issuance = bench.db.write(intend)
+def _intend_finalizing(tx: Connection, asked: Sequence[tuple[Session, datetime]]) -> list[Issuance]:
+    """Fix that these are to be finalized, if still wanted: they would be thrown away, and count all the same."""
+    linked = lineages.linked_among(tx, [session.lineage.id for session, _ in asked])
+    intended = [
+        issuances.change(session.issuance, now, state=State.FINALIZE_INTENT, failures=0, error=None)
+        for session, now in asked
+        if session.lineage.id in linked
+    ]
+    done = {issuance.id: issuance for issuance in issuances.record_all(tx, intended)}
+    return [done.get(session.issuance.id) or cancel(tx, session, now) for session, now in asked]
+
+
+_FINALIZE = Kind(turn=2, write=_intend_finalizing)
 
 
 def _finalize(bench: Bench, session: Session) -> None:
@@ -197,16 +283,14 @@ def _finalize(bench: Bench, session: Session) -> None:
         trouble.await_ca(bench, session)  # it took no notice; the next look says whether to finalize again
 
 
-def _note_issued(bench: Bench, session: Session) -> None:
-    assert session.order is not None
-    if session.order.certificate_url is None:
-        raise AnswerFault(session.order.url, "the order is valid but names no certificate")
-    record(bench, session, State.ISSUED, certificate_url=session.order.certificate_url)
-
-
 def _download(bench: Bench, session: Session) -> None:
-    url = session.issuance.certificate_url
-    assert url is not None
+    """Fetch the chain and let it serve; one that is not valid yet is kept until then."""
+    assert session.order is not None
+    url = session.order.certificate_url
+    if url is None:
+        raise AnswerFault(session.order.url, "the order is valid but names no certificate")
+    if session.looks:
+        bench.paces.certificate.learn(session.looks)
     text, now = bench.client.fetch_chain(account_of(bench, session), url), bench.clock()
     try:
         chain = _check(bench, session, text, now)
@@ -216,65 +300,110 @@ def _download(bench: Bench, session: Session) -> None:
             raise
         raise AnswerFault(url, f"{error}; {quote_damaged(text.encode())}") from error
     leaf = chain.leaf
-    record(
-        bench, session, State.DOWNLOADED, chain_pem=chain.pem, serial=leaf.serial, fingerprint=leaf.fingerprint,
-        not_before=leaf.validity.not_before, not_after=leaf.validity.not_after,
-    )  # fmt: skip
+    downloaded = {
+        "certificate_url": url, "chain_pem": chain.pem, "serial": leaf.serial, "fingerprint": leaf.fingerprint,
+        "not_before": leaf.validity.not_before, "not_after": leaf.validity.not_after,
+    }  # fmt: skip
+    if _takes_over_at(session, chain, now) > now:
+        record(bench, session, State.DOWNLOADED, **downloaded)
+    else:
+        _switch(bench, session, chain, downloaded)
 
 
 def _activate(bench: Bench, session: Session) -> None:
+    """Let a chain serve that was kept."""
+    assert session.issuance.chain_pem is not None
     now = bench.clock()
-    chain_pem, key_pem = session.issuance.chain_pem, session.issuance.key_pem
-    assert chain_pem is not None
+    chain = _check(bench, session, session.issuance.chain_pem, now)
+    takes_over_at = _takes_over_at(session, chain, now)
+    if takes_over_at > now:
+        trouble.await_start(bench, session, chain.leaf.validity, takes_over_at)
+    else:
+        _switch(bench, session, chain, {})
+
+
+def _takes_over_at(session: Session, chain: Chain, now: datetime) -> datetime:
+    return takes_over_at(chain.leaf.validity, session.lineage.validity, now)
+
+
+def _switch(bench: Bench, session: Session, chain: Chain, downloaded: Mapping[str, Any]) -> None:
+    """Let the new certificate serve, and close the issuance with what was `downloaded` just now."""
+    key_pem, now = session.issuance.key_pem, bench.clock()
     assert key_pem is not None
-    chain = _check(bench, session, chain_pem, now)
-    usable, present = chain.leaf.validity.usable_from(now), session.lineage.validity
-    takes_over = takes_over_at(chain.leaf.validity, present, now)
-    if takes_over > now:
-        trouble.await_start(bench, session, chain.leaf.validity, takes_over)
-        return
     plain = bench.sealer.open(key_pem, table="issuances", column="key_pem", row_id=session.issuance.id)
-    session.issuance = bench.db.write(lambda tx: _switch(tx, bench, session, chain, plain, now))
+    session.issuance = bench.journal.write(_ACTIVATE, _Activation(bench, session, chain, plain, downloaded, now))
     bench.gate.issued()
+    usable, present = chain.leaf.validity.usable_from(now), session.lineage.validity
     if session.issuance.state == State.DONE and is_odd_life(usable, present):
         life = {"life": str(usable.lifetime), "before": str(present.lifetime) if present else None}
         _log.warning("certificate.odd_life", extra={"names": session.dns_names, **life})
 
 
-def _switch(tx: Connection, bench: Bench, session: Session, chain: Chain, key_pem: str, now: datetime) -> Issuance:
-    """Let the new certificate serve: certificate, lineage, policies, issuance and audit in one transaction."""
-    row, lineage = session.issuance, lineages.lock(tx, session.lineage.id)
-    if (recorded := issuances.find_recorded(tx, row, State.DONE)) is not None:
-        return recorded
-    if lineage is None or not lineages.is_linked(tx, lineage.id):
-        return cancel(tx, session, now)
-    closed = issuances.close(tx, row, State.DONE, now, error=None)
-    challenges.withdraw(tx, row.id)
-    certificate_id = certificates.id_for_lineage(tx, lineage.id)
-    # Counted from now, or a certificate that arrives half used would be renewed at once, again and again.
-    usable = chain.leaf.validity.usable_from(now)
-    lineages.record_certificate(
-        tx, lineage.id, certificate_id=certificate_id, issuance_id=row.id, leaf=chain.leaf, usable=usable,
-        renew_at=plan_renewal(usable, lineage.id), now=now,
-    )  # fmt: skip
-    sealed = bench.sealer.seal(key_pem, table="certificates", column="key_pem", row_id=certificate_id)
-    domain = lineages.first_name(tx, lineage)
-    certificates.activate(tx, certificate_id, lineage.id, domain, chain.pem, sealed, chain.leaf, now)
-    return closed
+@dataclass(frozen=True, slots=True)
+class _Activation:
+    """A new certificate that is to serve."""
+
+    bench: Bench
+    session: Session
+    chain: Chain
+    key_pem: str = field(repr=False)
+    downloaded: Mapping[str, Any]
+    now: datetime
+
+
+def _activate_all(tx: Connection, activations: Sequence[_Activation]) -> list[Issuance]:
+    """Let the new certificates serve: certificates, lineages, policies, issuances and audit in one transaction."""
+    if len(activations) == 1:
+        recorded = issuances.find_recorded(tx, activations[0].session.issuance, State.DONE)
+        if recorded is not None:
+            return [recorded]
+    ids = [one.session.lineage.id for one in activations]
+    locked = lineages.find_and_lock(tx, ids)
+    linked = lineages.linked_among(tx, ids)
+    serving = [one for one in activations if one.session.lineage.id in linked]
+    closed = issuances.record_all(tx, [
+        issuances.closing(one.session.issuance, State.DONE, one.now, error=None, **one.downloaded) for one in serving
+    ])  # fmt: skip
+    challenges.withdraw(tx, [issuance.id for issuance in closed])
+    if serving:
+        _let_serve(tx, serving, locked)
+    done = {issuance.id: issuance for issuance in closed}
+    return [
+        done.get(one.session.issuance.id) or cancel(tx, one.session, one.now, **one.downloaded) for one in activations
+    ]
+
+
+_ACTIVATE = Kind(turn=1, write=_activate_all)
+
+
+def _let_serve(tx: Connection, activations: Sequence[_Activation], locked: Mapping[str, Lineage]) -> None:
+    now = max(one.now for one in activations)
+    present = certificates.of_lineages(tx, [one.session.lineage.id for one in activations])
+    news, serving = [], []
+    for one in activations:
+        lineage, leaf = locked[one.session.lineage.id], one.chain.leaf
+        before = present.get(lineage.id)
+        certificate_id = before.id if before is not None else new_id()
+        # Counted from now, or a certificate that arrives half used would be renewed at once, again and again.
+        usable = leaf.validity.usable_from(one.now)
+        renew_at = plan_renewal(usable, lineage.id)
+        news.append(NewCertificate(lineage.id, certificate_id, one.session.issuance.id, leaf, usable, renew_at))
+        sealed = one.bench.sealer.seal(one.key_pem, table="certificates", column="key_pem", row_id=certificate_id)
+        domain = lineages.first_name(tx, lineage)
+        serving.append(Activation(certificate_id, before, lineage.id, domain, one.chain.pem, sealed, leaf))
+    lineages.record_certificates(tx, news, now)
+    certificates.activate_all(tx, serving, now)
 
 
 _ACTS: dict[Action, Callable[[Bench, Session], None]] = {
-    Action.MAKE_KEY: _make_key,
     Action.INTEND_ORDER: _intend_order,
     Action.PLACE_ORDER: _place_order,
     Action.LOOK: _look,
     Action.PUBLISH_CHALLENGES: prove.publish_challenges,
     Action.ANSWER_CHALLENGES: prove.answer_challenges,
-    Action.NOTE_AUTHORIZED: prove.note_authorized,
     Action.PROVE_AGAIN: prove.prove_again,
     Action.INTEND_FINALIZE: _intend_finalize,
     Action.FINALIZE: _finalize,
-    Action.NOTE_ISSUED: _note_issued,
     Action.DOWNLOAD: _download,
     Action.ACTIVATE: _activate,
     Action.WAIT: trouble.await_ca,

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
 from certworker.ca.client import Account
+from certworker.ca.keys import AccountKey
 from certworker.core.issuance import State, still_validating, to_answer, unproved
 from certworker.core.order import Authorization
 from certworker.core.retry import classify_order, names_refused
@@ -14,7 +16,9 @@ from certworker.errors import AnswerFault, ProblemReported
 from certworker.steps import trouble
 from certworker.steps.session import Bench, Session, account_of, record
 from certworker.store import challenges, issuances
+from certworker.store.challenges import Answer
 from certworker.store.issuances import Issuance
+from certworker.store.journal import Kind
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
 
@@ -56,12 +60,6 @@ def prove_again(bench: Bench, session: Session) -> None:
     trouble.await_ca(bench, session)
 
 
-def note_authorized(bench: Bench, session: Session) -> None:
-    """Commit that the CA has nothing left to look at."""
-    session.looks, session.authorizations = 0, None
-    record(bench, session, State.AUTHORIZED)
-
-
 def explain_failure(bench: Bench, session: Session) -> None:
     """Find out which names an invalid order died of; what a failing challenge says outweighs the rest."""
     assert session.order is not None
@@ -80,28 +78,46 @@ def explain_failure(bench: Bench, session: Session) -> None:
 
 def _publish(bench: Bench, session: Session, state: State) -> tuple[Authorization, ...]:
     """Read the authorizations and commit, with `state`, what proves the names."""
-    now, account_id = bench.clock(), session.issuance.account_id or ""
-    if bench.db.read(lambda tx: bench.accounts.publishing_key(tx, account_id)) is None:
-        raise _later(bench, session)
     session.authorizations = _fetch_authorizations(bench, session, account_of(bench, session))
-    offers = [(a, _token_of(a)) for a in unproved(session.authorizations)]
-
-    def publish(tx: Connection) -> Issuance | None:
-        key = bench.accounts.publishing_key(tx, account_id)
-        if key is None:
-            return None
-        for authorization, token in offers:
-            challenges.publish(
-                tx, session.issuance.id, authorization.url, authorization.dns_name, token,
-                key.key_authorization(token), now,
-            )  # fmt: skip
-        return issuances.record(tx, session.issuance, now, state=state)
-
-    published = bench.db.write(publish)
+    offers = tuple((a, _token_of(a)) for a in unproved(session.authorizations))
+    published = bench.journal.write(_PUBLISH, _Publication(bench, session.issuance, state, offers, bench.clock()))
     if published is None:
         raise _later(bench, session)
-    session.issuance = published
+    session.issuance, session.looks, session.fetched = published, 0, False
+    session.tokens = tuple(token for _, token in offers)
     return session.authorizations
+
+
+@dataclass(frozen=True, slots=True)
+class _Publication:
+    """Tokens that are to be answered, and the state in which they are."""
+
+    bench: Bench
+    issuance: Issuance
+    state: State
+    offers: Sequence[tuple[Authorization, str]]
+    now: datetime
+
+    def answers(self, key: AccountKey) -> list[Answer]:
+        return [
+            Answer(self.issuance.id, a.url, a.dns_name, token, key.key_authorization(token)) for a, token in self.offers
+        ]
+
+
+def _publish_all(tx: Connection, publications: Sequence[_Publication]) -> list[Issuance | None]:
+    """Let the responders answer; None for those whose account's key is being changed."""
+    accounts, now = publications[0].bench.accounts, max(one.now for one in publications)
+    ids = sorted({one.issuance.account_id or "" for one in publications})
+    keys = {account_id: accounts.publishing_key(tx, account_id) for account_id in ids}
+    named = [(one, keys[one.issuance.account_id or ""]) for one in publications]
+    published = [(one, key) for one, key in named if key is not None]
+    challenges.publish_all(tx, [answer for one, key in published for answer in one.answers(key)], now)
+    moved = issuances.record_all(tx, [issuances.change(one.issuance, one.now, state=one.state) for one, _ in published])
+    by_id = {issuance.id: issuance for issuance in moved}
+    return [by_id.get(one.issuance.id) for one in publications]
+
+
+_PUBLISH = Kind(turn=4, write=_publish_all)
 
 
 def _later(bench: Bench, session: Session) -> NotYet:

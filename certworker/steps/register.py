@@ -81,6 +81,7 @@ class Accounts:
         self.sealer = sealer
         self.clock = clock
         self.registration = registration
+        self._used: str | None = None
         self._opened: dict[str, tuple[str, Account]] = {}
         """By id, with the stored key that it was opened from."""
         self._asking: dict[str, Future[StoredAccount]] = {}
@@ -102,6 +103,26 @@ class Accounts:
         """
         stored = self.find_default() or self.add()
         return stored.id, self._ready(stored)
+
+    def used(self) -> str:
+        """Return the id of the account that new orders were made with last, or what `default` says.
+
+        Asks neither the database nor the CA again: whoever orders asks `is_default` in the transaction that intends it.
+        """
+        if self._used is None:
+            self._used, _ = self.default()
+        return self._used
+
+    def is_default(self, tx: Transaction, account_id: str) -> bool:
+        """Say whether new orders are still made with this account, as it was opened here."""
+        stored = accounts.find_default(tx, self.directory_url)
+        if stored is None or stored.id != account_id or stored.deactivated_at is not None:
+            return False
+        return not self._is_open_question(stored) and self._is_opened(stored)
+
+    def look_again(self) -> None:
+        """Let `used` ask: orders are made with another account by now, or it has another key."""
+        self._used = None
 
     def get(self, account_id: str) -> Account:
         """Return the account that an order was made with, or raise AccountGone."""
@@ -186,11 +207,14 @@ class Accounts:
 
     def open(self, stored: StoredAccount) -> Account:
         """Return a registered account as requests are signed with it."""
+        if not self._is_opened(stored):
+            account = Account(stored.account_url or "", self.read_key(stored, stored.key))
+            self._opened[stored.id] = stored.key or "", account
+        return self._opened[stored.id][1]
+
+    def _is_opened(self, stored: StoredAccount) -> bool:
         kept = self._opened.get(stored.id)
-        url = stored.account_url or ""
-        if kept is None or kept[0] != stored.key or kept[1].url != url:
-            self._opened[stored.id] = kept = stored.key or "", Account(url, self.read_key(stored, stored.key))
-        return kept[1]
+        return kept is not None and kept[0] == stored.key and kept[1].url == (stored.account_url or "")
 
     def read_key(self, stored: StoredAccount, stored_key: str | None) -> AccountKey:
         """Return one of the row's keys; InputError or SealError when it cannot be used."""

@@ -22,7 +22,9 @@ from certworker.errors import ChainRefused, InputError, SealError
 from certworker.steps.publish import Published, take_back
 from certworker.steps.trouble import describe
 from certworker.store import audit, certificates, enrolments, issuances, lineages, nodes, versions
+from certworker.store.certificates import Activation
 from certworker.store.database import Database
+from certworker.store.lineages import NewCertificate
 from certworker.store.nodes import NodeStatus
 from certworker.store.seal import Sealer
 
@@ -131,10 +133,9 @@ def _take_back(tx: Connection, refusal: _Refusal, sealer: Sealer, now: datetime,
     except (InputError, SealError, ChainRefused):
         return None
     usable = leaf.validity.usable_from(before.closed_at)
-    lineages.record_certificate(
-        tx, lineage.id, certificate_id=certificate_id, issuance_id=before.id, leaf=leaf, usable=usable,
-        renew_at=plan_renewal(usable, lineage.id), now=now,
-    )  # fmt: skip
+    renew_at = plan_renewal(usable, lineage.id)
+    new = NewCertificate(lineage.id, certificate_id, before.id, leaf, usable, renew_at)
+    lineages.record_certificates(tx, [new], now)
     failure = Failure(ErrorClass.PERMANENT, "certworker:not-servable", f"no node serves the new one: {why}", _HINT)
     next_at = retry_at(failure, 1, now, draw, usable)
     error = dict(describe(failure, now, next_at))
@@ -143,5 +144,7 @@ def _take_back(tx: Connection, refusal: _Refusal, sealer: Sealer, now: datetime,
     domain = lineages.first_name(tx, lineage)
     diff = {"table": "certificates", "id": certificate_id, "after": {"serial": leaf.serial}, "reason": why}
     audit.record(tx, "certificate.taken_back", diff, now)
-    certificates.activate(tx, certificate_id, lineage.id, domain, chain_pem, sealed, leaf, now)
+    present = certificates.of_lineages(tx, [lineage.id]).get(lineage.id)
+    serving = Activation(certificate_id, present, lineage.id, domain, chain_pem, sealed, leaf)
+    certificates.activate_all(tx, [serving], now)
     return TakenBack(domain, leaf.serial, why)

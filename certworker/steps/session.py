@@ -16,10 +16,12 @@ from certworker.core.issuance import State
 from certworker.core.order import Authorization, Order
 from certworker.core.renewal import is_urgent
 from certworker.steps.gate import Gate
+from certworker.steps.pace import Paces
 from certworker.steps.register import Accounts
 from certworker.store import challenges, issuances, lineages
 from certworker.store.database import Database
 from certworker.store.issuances import Issuance
+from certworker.store.journal import Journal, Kind
 from certworker.store.lineages import Lineage
 from certworker.store.seal import Sealer
 
@@ -29,6 +31,8 @@ class Bench:
     """What an issuance is made with."""
 
     db: Database
+    journal: Journal
+    """Where the moves of issuances are written, those of several threads together."""
     client: Client
     accounts: Accounts
     gate: Gate
@@ -37,6 +41,8 @@ class Bench:
     """What we allow ourselves at this CA."""
     sealer: Sealer
     clock: Clock
+    paces: Paces
+    """How soon the CA is done."""
     draw: Callable[[], float]
     """Uniform in [0, 1): spreads retries."""
     look_up: Callable[[str], object]
@@ -58,8 +64,14 @@ class Session:
     order: Order | None = None
     """None: look first."""
     authorizations: tuple[Authorization, ...] | None = None
+    intended: bool = False
+    """Its order was intended in this session, so that it was asked a moment ago whether anybody wants it."""
     looks: int = 0
-    """How often the CA was busy in a row."""
+    """How often it was looked whether the CA is done with what it is at."""
+    tokens: tuple[str, ...] = ()
+    """What the CA fetches while this issuance is proved."""
+    fetched: bool = False
+    """The CA has fetched one of them."""
     wait_until: datetime | None = None
     """Set by `advance`: nothing to do before."""
     account: Account | None = None
@@ -76,12 +88,6 @@ class Session:
         """What is ordered."""
         return self.issuance.dns_names or self.lineage.dns_names
 
-    @property
-    def tokens(self) -> list[str]:
-        """The tokens that the CA fetches while this issuance waits."""
-        offered = (a.http01() for a in self.authorizations or ())
-        return [challenge.token for challenge in offered if challenge is not None]
-
     def is_urgent(self, now: datetime) -> bool:
         """Say whether the certificate that serves is about to end."""
         return is_urgent(now, self.lineage.validity)
@@ -96,19 +102,19 @@ class Session:
         self.order = self.authorizations = None
 
 
-def open_session(tx: Connection, issuance: Issuance) -> Session:
-    """Return a claimed issuance ready for `advance`."""
-    lineage = lineages.find(tx, issuance.lineage_id)
-    assert lineage is not None, "issuances.lineage_id is a foreign key"
-    return Session(issuance, lineage)
+def open_sessions(tx: Connection, claimed: Sequence[Issuance]) -> list[Session]:
+    """Return claimed issuances ready for `advance`."""
+    found = lineages.find_all(tx, [issuance.lineage_id for issuance in claimed])
+    return [Session(issuance, found[issuance.lineage_id]) for issuance in claimed]
+
+
+RECORD = Kind(turn=3, write=issuances.record_all)
 
 
 def record(bench: Bench, session: Session, state: State, **values: object) -> None:
     """Commit that the CA, or we, have taken the issuance to `state`; what failed before is forgotten."""
-    now = bench.clock()
-    session.issuance = bench.db.write(
-        lambda tx: issuances.record(tx, session.issuance, now, state=state, failures=0, error=None, **values)
-    )
+    change = issuances.change(session.issuance, bench.clock(), state=state, failures=0, error=None, **values)
+    session.issuance = bench.journal.write(RECORD, change)
 
 
 def account_of(bench: Bench, session: Session) -> Account:
@@ -117,12 +123,12 @@ def account_of(bench: Bench, session: Session) -> Account:
     return session.account
 
 
-def cancel(tx: Connection, session: Session, now: datetime) -> Issuance:
-    """Close an issuance that nobody wants any more."""
-    challenges.withdraw(tx, session.issuance.id)
+def cancel(tx: Connection, session: Session, now: datetime, **values: object) -> Issuance:
+    """Close an issuance that nobody wants any more, and keep `values` of it."""
+    challenges.withdraw(tx, [session.issuance.id])
     # The scan takes it out, or queues it anew if somebody wants it again.
     lineages.set_next_check(tx, session.lineage.id, now, now)
-    return issuances.close(tx, session.issuance, State.CANCELLED, now)
+    return issuances.close(tx, session.issuance, State.CANCELLED, now, **values)
 
 
 def read_again(bench: Bench, session: Session) -> None:

@@ -4,14 +4,14 @@ The class of a failure says who acts and how patient we are (`core.retry`); whos
 is told: one issuance, the account, or everybody who asks this CA (`gate`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
 from certworker.ca.problems import classify
-from certworker.core.budget import Charge, charges_of_order, of_certificates, validations_bucket
+from certworker.core.budget import Charge, Limits, charges_of_order, of_certificates, validations_bucket
 from certworker.core.certificate import Validity
 from certworker.core.issuance import POLLING, REST, State, may_leave_out, wait_for
 from certworker.core.names import names_hash
@@ -21,6 +21,7 @@ from certworker.errors import AccountGone, CaError, InputError, ProblemReported,
 from certworker.steps.session import Bench, Session
 from certworker.store import budget, certificates, challenges, issuances, lineages
 from certworker.store.budget import Refusal
+from certworker.store.certificates import Present
 from certworker.store.issuances import Issuance
 from certworker.store.lineages import LeftOut, Lineage
 
@@ -98,7 +99,7 @@ def _goes_on_at_once(bench: Bench, session: Session, error: CaError) -> bool:
 def _drop_replaces(tx: Connection, bench: Bench, session: Session) -> Issuance:
     """Go on as a new order, which the CA counts as one."""
     row, now = session.issuance, bench.clock()
-    for charge in of_certificates(charges_of(tx, bench, session, urgent=row.urgent, replaces=None)):
+    for charge in of_certificates(_charges_again(tx, bench, session, None)):
         budget.charge(tx, bench.accounts.directory_url, charge.bucket, row.account_id or "", charge.limit, now)
     return issuances.record(tx, row, now, replaces=None)
 
@@ -168,10 +169,16 @@ def await_ca(bench: Bench, session: Session) -> None:
         hint = "a new order is made; ask the CA if this lasts"
         fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", detail, hint))
         return
-    wait = wait_for(retry_after, session.looks)
+    wait = _next_look(bench, session) if retry_after is None else wait_for(retry_after, session.looks)
     session.wait_until = now + (wait if now - session.issuance.state_at < POLLING else max(wait, REST))
-    session.looks += 1
     session.order = None
+
+
+def _next_look(bench: Bench, session: Session) -> timedelta:
+    """Return how long to wait for a CA that does not say: as it turned out before, from what shows that it works."""
+    if session.issuance.state in (State.FINALIZE_INTENT, State.FINALIZING):
+        return bench.paces.certificate.wait(session.looks)
+    return bench.paces.verdict.wait(session.looks) if session.fetched else wait_for(None, session.looks)
 
 
 def await_proxies(bench: Bench, session: Session, unready: str) -> None:
@@ -236,7 +243,7 @@ def _fail(
             return recorded
     _give_back_tokens(tx, bench, session, now)
     lineage = lineages.lock(tx, session.lineage.id) or session.lineage
-    challenges.withdraw(tx, row.id)
+    challenges.withdraw(tx, [row.id])
     _charge_validations(tx, bench, row, refused, now)
     if _may_leave_out(tx, session, lineage, refused, now):
         return _leave_out(tx, bench, session, lineage, refused, now)
@@ -247,28 +254,34 @@ def _fail(
     return issuances.close(tx, row, State.FAILED, now, error=error)
 
 
-_BEFORE_FINALIZE = frozenset([State.ORDER_INTENT, State.ORDERED, State.PUBLISHED, State.VALIDATING, State.AUTHORIZED])
+_BEFORE_FINALIZE = frozenset([State.ORDER_INTENT, State.ORDERED, State.PUBLISHED, State.VALIDATING])
 
 
 def charges_of(
-    tx: Connection, bench: Bench, session: Session, *, urgent: bool, replaces: str | None
-) -> tuple[Charge, ...]:
-    """Return what the order of this issuance asks of the rate ledger."""
-    row, present = session.issuance, certificates.find_of_lineage(tx, session.lineage.id)
-    named = row.names_hash or names_hash(session.dns_names)
-    renewal = present is not None and set(session.dns_names) <= set(present.dns_names or ())
-    validity = session.lineage.validity
+    limits: Limits, lineage: Lineage, dns_names: Collection[str], present: Present | None,
+    *, urgent: bool, replaces: str | None,
+) -> tuple[Charge, ...]:  # fmt: skip
+    """Return what an order for these names asks of the rate ledger, of a lineage whose certificate is `present`."""
+    renewal = present is not None and set(dns_names) <= set(present.dns_names or ())
+    validity = lineage.validity
     return charges_of_order(
-        bench.limits, session.dns_names, named, urgent=urgent, replaces=replaces, renewal=renewal,
+        limits, dns_names, names_hash(dns_names), urgent=urgent, replaces=replaces, renewal=renewal,
         lifetime=None if validity is None else validity.lifetime,
     )  # fmt: skip
+
+
+def _charges_again(tx: Connection, bench: Bench, session: Session, replaces: str | None) -> tuple[Charge, ...]:
+    """Return what the order of this issuance asked of the ledger, or asks without `replaces`."""
+    present = certificates.of_lineages(tx, [session.lineage.id]).get(session.lineage.id)
+    urgent = session.issuance.urgent
+    return charges_of(bench.limits, session.lineage, session.dns_names, present, urgent=urgent, replaces=replaces)
 
 
 def _give_back_tokens(tx: Connection, bench: Bench, session: Session, now: datetime) -> None:
     """Take back what was debited for a certificate that there will not be: CAs count certificates, not tries."""
     row = session.issuance
     if row.state in _BEFORE_FINALIZE and row.account_id is not None:
-        charges = of_certificates(charges_of(tx, bench, session, urgent=row.urgent, replaces=row.replaces))
+        charges = of_certificates(_charges_again(tx, bench, session, row.replaces))
         budget.give_back(tx, bench.accounts.directory_url, charges, row.account_id, now)
 
 

@@ -4,9 +4,10 @@ A transaction locks every bucket that it asks, missing rows included, in one ord
 two of them never spend the same token, and never wait for each other in a circle.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, select, tuple_, update
 
@@ -24,31 +25,68 @@ class Refusal:
     until: datetime
 
 
+class Ledger:
+    """The buckets that some orders ask, locked until the commit: asked in memory, written once.
+
+    Open it before anything else in the transaction is locked. From then on nobody else spends for the same sets
+    of names: the bucket `runaway` of an order is the first to be locked.
+    """
+
+    def __init__(
+        self, tx: Connection, directory_url: str, charges: Iterable[Charge], account_id: str, now: datetime
+    ) -> None:
+        """Lock every bucket that `charges` name."""
+        self._tx = tx
+        self._directory_url = directory_url
+        self._now = now
+        wanted = {charge.bucket for charge in charges}
+        self._held = _lock(tx, directory_url, account_id, sorted(wanted, key=budget.turn), now)
+        self._changed: dict[str, _Bucket] = {}
+
+    def spend(self, charges: Sequence[Charge]) -> Refusal | None:
+        """Take a token for each of `charges`, or none at all."""
+        granted: dict[str, _Bucket] = {}
+        refused: list[tuple[Refused, Charge]] = []
+        for want in sorted(charges, key=lambda want: budget.turn(want.bucket)):
+            bucket = self._held[want.bucket]
+            match budget.spend(bucket.full_at, self._now, want.limit, reserve=want.reserve):
+                case Refused() as answer:
+                    refused.append((answer, want))
+                case Granted(full_at) if not want.only_asked:
+                    granted[want.bucket] = replace(bucket, full_at=full_at)
+        if refused:
+            return self._refuse(refused)
+        self._keep(granted)
+        return None
+
+    def _refuse(self, refused: list[tuple[Refused, Charge]]) -> Refusal:
+        """Say when to ask again: when the last of the refusing buckets has a token, and nobody else is told to come."""
+        buckets = {want.bucket: replace(self._held[want.bucket], full_at=answer.full_at) for answer, want in refused}
+        last, want = max(refused, key=lambda one: one[0].until)
+        until, bucket = last.until, buckets[want.bucket]
+        if not want.urgent:
+            until = budget.promise(bucket.promised_at, until, self._now, want.limit)
+            buckets[want.bucket] = replace(bucket, promised_at=until)
+        self._keep(buckets)
+        return Refusal(want.bucket, until)
+
+    def _keep(self, buckets: Mapping[str, "_Bucket"]) -> None:
+        self._held |= buckets
+        self._changed |= buckets
+
+    def write(self) -> None:
+        """Write what has changed."""
+        _write(self._tx, self._directory_url, list(self._changed.values()))
+
+
 def spend(
     tx: Connection, directory_url: str, charges: Sequence[Charge], account_id: str, now: datetime
 ) -> Refusal | None:
-    """Take a token for each of `charges`, or none at all.
-
-    Call it before anything else in the transaction is locked. From here to the commit nobody else spends
-    for the same set of names: the bucket `runaway` of an order is the first to be locked.
-    """
-    if not charges:
-        return None
-    wants = sorted(charges, key=lambda want: budget.turn(want.bucket))
-    held = _lock(tx, directory_url, account_id, [want.bucket for want in wants], now)
-    granted: list[_Bucket] = []
-    refused: list[tuple[Refused, Charge]] = []
-    for want in wants:
-        bucket = held[want.bucket]
-        match budget.spend(bucket.full_at, now, want.limit, reserve=want.reserve):
-            case Refused() as answer:
-                refused.append((answer, want))
-            case Granted(full_at) if not want.only_asked:
-                granted.append(replace(bucket, full_at=full_at))
-    if refused:
-        return _refuse(tx, directory_url, refused, held, now)
-    _write(tx, directory_url, granted)
-    return None
+    """Take a token for each of `charges`, or none at all; see `Ledger`."""
+    ledger = Ledger(tx, directory_url, charges, account_id, now)
+    refusal = ledger.spend(charges)
+    ledger.write()
+    return refusal
 
 
 def charge(tx: Connection, directory_url: str, bucket: str, account_id: str, limit: Limit, now: datetime) -> None:
@@ -93,38 +131,37 @@ class _Bucket:
 
 def _lock(tx: Connection, directory_url: str, account_id: str, buckets: list[str], now: datetime) -> dict[str, _Bucket]:
     """Lock these buckets in the given order; one that was never used is full."""
-    rows = [
-        {
-            "directory_url": directory_url,
-            "account": account_id if budget.is_per_account(bucket) else "",
-            "bucket": bucket,
-            "full_at": now,
-        }
-        for bucket in buckets
-    ]
-    locked = lock_rows(tx, rate_buckets, rows, columns_of(_Bucket, rate_buckets))
-    return {row.bucket: to_value(_Bucket, row) for row in locked}
+    if not buckets:
+        return {}
+    accounts = {bucket: account_id if budget.is_per_account(bucket) else "" for bucket in buckets}
+    key = [{"directory_url": directory_url, "account": accounts[bucket], "bucket": bucket} for bucket in buckets]
+    lock_rows(tx, rate_buckets, [{**row, "full_at": now} for row in key])
+    found = tx.execute(_FIND, {"of_ca": directory_url, "accounts": sorted({*accounts.values()}), "names": buckets})
+    return {row.bucket: to_value(_Bucket, row) for row in found if row.account == accounts[row.bucket]}
 
 
-def _refuse(
-    tx: Connection, directory_url: str, refused: list[tuple[Refused, Charge]], held: dict[str, _Bucket], now: datetime
-) -> Refusal:
-    """Say when to ask again: when the last of the refusing buckets has a token, and nobody else is told to come."""
-    buckets = {want.bucket: replace(held[want.bucket], full_at=answer.full_at) for answer, want in refused}
-    last, want = max(refused, key=lambda one: one[0].until)
-    until, bucket = last.until, buckets[want.bucket]
-    if not want.urgent:
-        until = budget.promise(bucket.promised_at, until, now, want.limit)
-        buckets[want.bucket] = replace(bucket, promised_at=until)
-    _write(tx, directory_url, list(buckets.values()))
-    return Refusal(want.bucket, until)
+_FIND = select(*columns_of(_Bucket, rate_buckets)).where(
+    rate_buckets.c.directory_url == bindparam("of_ca"),
+    rate_buckets.c.account.in_(bindparam("accounts", expanding=True)),
+    rate_buckets.c.bucket.in_(bindparam("names", expanding=True)),
+)
 
 
 def _write(tx: Connection, directory_url: str, buckets: list[_Bucket]) -> None:
-    row = [rate_buckets.c[name] == bindparam(f"the_{name}") for name in ("account", "bucket")]
-    tx.execute(
-        update(rate_buckets)
-        .where(rate_buckets.c.directory_url == directory_url, *row)
-        .values(full_at=bindparam("the_full_at"), promised_at=bindparam("the_promised_at")),
-        [{f"the_{name}": value for name, value in asdict(bucket).items()} for bucket in buckets],
+    if buckets:
+        tx.execute(_KEEP, [{"of_ca": directory_url, **_bound(bucket)} for bucket in buckets])
+
+
+_KEEP = (
+    update(rate_buckets)
+    .where(
+        rate_buckets.c.directory_url == bindparam("of_ca"),
+        rate_buckets.c.account == bindparam("the_account"),
+        rate_buckets.c.bucket == bindparam("the_bucket"),
     )
+    .values(full_at=bindparam("the_full_at"), promised_at=bindparam("the_promised_at"))
+)
+
+
+def _bound(bucket: _Bucket) -> dict[str, Any]:
+    return {f"the_{field.name}": getattr(bucket, field.name) for field in fields(_Bucket)}

@@ -1,13 +1,15 @@
 """`certificates`: what serves now. One row per lineage, renewed in place, or per uploaded certificate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from certworker.core.certificate import Leaf
 from certworker.store import audit, counters
-from certworker.store.rows import columns_of, new_id, pages, to_value
+from certworker.store.rows import columns_of, pages, to_value
 from certworker.store.tables import certificates, removed_certificates
 
 
@@ -53,33 +55,73 @@ def find_of_lineage(tx: Connection, lineage_id: str) -> StoredCertificate | None
     return None if row is None else to_value(StoredCertificate, row)
 
 
-def id_for_lineage(tx: Connection, lineage_id: str) -> str:
-    """Return the id of a lineage's certificate row, a fresh one if it has none yet."""
-    found = tx.execute(select(certificates.c.id).where(certificates.c.lineage_id == lineage_id)).scalar()
-    return str(found) if found is not None else new_id()
+@dataclass(frozen=True, slots=True)
+class Present:
+    """What serves for a lineage until another certificate does."""
+
+    id: str
+    dns_names: list[str] | None
+    status: str
+    serial: str | None
 
 
-def activate(
-    tx: Connection, certificate_id: str, lineage_id: str, domain: str, chain_pem: str, sealed_key_pem: str, leaf: Leaf,
-    now: datetime,
-) -> None:  # fmt: skip
-    """Let a lineage serve this leaf from the commit on, with its audit row. The revision comes last."""
-    before = find(tx, certificate_id)
-    values = {
-        "domain": domain, "cert_pem": chain_pem, "key_pem": sealed_key_pem, "expires_at": leaf.validity.not_after,
-        "status": "active", "lineage_id": lineage_id, "dns_names": list(leaf.dns_names), "serial": leaf.serial,
-        "fingerprint": leaf.fingerprint, "issuer": leaf.issuer, "not_before": leaf.validity.not_before,
-        "updated_at": now,
+def of_lineages(tx: Connection, lineage_ids: Sequence[str]) -> dict[str, Present]:
+    """Return what these lineages have, by lineage."""
+    return {lineage_id: Present(*row) for lineage_id, *row in tx.execute(_OF_LINEAGES, {"lineages": lineage_ids})}
+
+
+_OF_LINEAGES = select(certificates.c.lineage_id, *columns_of(Present, certificates)).where(
+    certificates.c.lineage_id.in_(bindparam("lineages", expanding=True))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A leaf that is to serve for a lineage from now on."""
+
+    certificate_id: str
+    """Of the row that is `before`, or a fresh one."""
+    before: Present | None
+    lineage_id: str
+    domain: str
+    chain_pem: str
+    sealed_key_pem: str = field(repr=False)
+    leaf: Leaf
+
+
+def activate_all(tx: Connection, activations: Sequence[Activation], now: datetime) -> None:
+    """Let lineages serve these leaves from the commit on, with their audit rows. The revisions come last."""
+    audit.record_flips(tx, "certificate", "certificates", [_flip(one) for one in activations], now)
+    first = counters.next_value(tx, counters.REVISION, len(activations)) - len(activations) + 1
+    numbered = list(enumerate(activations, first))
+    if fresh := [(revision, one) for revision, one in numbered if one.before is None]:
+        tx.execute(insert(certificates), [
+            {"id": one.certificate_id, "created_at": now, **_serving(one, revision, now)} for revision, one in fresh
+        ])  # fmt: skip
+    if renewed := [(revision, one) for revision, one in numbered if one.before is not None]:
+        tx.execute(_RENEW, [
+            {"of_id": one.certificate_id, **_serving(one, revision, now)} for revision, one in renewed
+        ])  # fmt: skip
+
+
+_RENEW = update(certificates).where(certificates.c.id == bindparam("of_id"))
+
+
+def _flip(one: Activation) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    was = {} if one.before is None else {"status": one.before.status, "serial": one.before.serial}
+    return one.certificate_id, was, {
+        "status": "active", "serial": one.leaf.serial, "fingerprint": one.leaf.fingerprint
     }  # fmt: skip
-    after = {"status": "active", "serial": leaf.serial, "fingerprint": leaf.fingerprint}
-    was = {} if before is None else {"status": before.status, "serial": before.serial}
-    audit.record_flip(tx, "certificate", "certificates", certificate_id, was, after, now)
-    revision = counters.next_value(tx, counters.REVISION)
-    if before is None:
-        tx.execute(insert(certificates).values(id=certificate_id, created_at=now, revision=revision, **values))
-    else:
-        row = update(certificates).where(certificates.c.id == certificate_id)
-        tx.execute(row.values(revision=revision, **values))
+
+
+def _serving(one: Activation, revision: int, now: datetime) -> dict[str, Any]:
+    leaf = one.leaf
+    return {
+        "domain": one.domain, "cert_pem": one.chain_pem, "key_pem": one.sealed_key_pem,
+        "expires_at": leaf.validity.not_after, "status": "active", "lineage_id": one.lineage_id,
+        "dns_names": list(leaf.dns_names), "serial": leaf.serial, "fingerprint": leaf.fingerprint,
+        "issuer": leaf.issuer, "not_before": leaf.validity.not_before, "updated_at": now, "revision": revision,
+    }  # fmt: skip
 
 
 def describe(

@@ -1,39 +1,55 @@
 """`challenges`: what the responder answers from. A token lives as long as its issuance is open."""
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, bindparam, delete, insert, select
 
 from certworker.store.rows import new_id
 from certworker.store.tables import challenges, issuances
 
 
-def publish(
-    tx: Connection, issuance_id: str, authorization_url: str, dns_name: str, token: str, key_authorization: str,
-    now: datetime,
-) -> None:  # fmt: skip
-    """Make one token answerable; saying it again replaces it."""
-    tx.execute(
-        delete(challenges).where(
-            challenges.c.issuance_id == issuance_id, challenges.c.authorization_url == authorization_url
-        )
-    )
-    tx.execute(
-        insert(challenges).values(
-            id=new_id(), issuance_id=issuance_id, authorization_url=authorization_url, dns_name=dns_name,
-            token=token, key_authorization=key_authorization, created_at=now,
-        )
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is answered to a CA that fetches `token`."""
+
+    issuance_id: str
+    authorization_url: str
+    dns_name: str
+    token: str
+    key_authorization: str
+
+
+def publish_all(tx: Connection, answers: Sequence[Answer], now: datetime) -> None:
+    """Make these tokens answerable; saying it again replaces them."""
+    if not answers:
+        return
+    keys = [{"of_issuance": answer.issuance_id, "of_authorization": answer.authorization_url} for answer in answers]
+    tx.execute(_DELETE_ONE, keys)
+    tx.execute(insert(challenges), [{"id": new_id(), **asdict(answer), "created_at": now} for answer in answers])
+
+
+_DELETE_ONE = delete(challenges).where(
+    challenges.c.issuance_id == bindparam("of_issuance"),
+    challenges.c.authorization_url == bindparam("of_authorization"),
+)
 
 
 def find_key_authorization(tx: Connection, token: str) -> str | None:
     """Return what to answer for a live token (RFC 8555 §8.3)."""
-    return tx.execute(select(challenges.c.key_authorization).where(challenges.c.token == token).limit(1)).scalar()
+    return tx.execute(_FIND, {"asked": token}).scalar()
 
 
-def withdraw(tx: Connection, issuance_id: str) -> None:
-    """Let an issuance's tokens be answered no more; another one's with the same token stay."""
-    tx.execute(delete(challenges).where(challenges.c.issuance_id == issuance_id))
+_FIND = select(challenges.c.key_authorization).where(challenges.c.token == bindparam("asked")).limit(1)
+
+
+def withdraw(tx: Connection, issuance_ids: Sequence[str]) -> None:
+    """Let these issuances' tokens be answered no more; another one's with the same token stay."""
+    tx.execute(_DELETE, {"issuances": issuance_ids})
+
+
+_DELETE = delete(challenges).where(challenges.c.issuance_id.in_(bindparam("issuances", expanding=True)))
 
 
 def withdraw_stale(tx: Connection, before: datetime) -> int:

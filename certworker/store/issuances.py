@@ -8,11 +8,25 @@ has moved on raises LeaseLost. What is *due* is the injected clock's.
 it wrote before; a function that writes more than the issuance asks `find_recorded` first.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, TextClause, case, exists, literal, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    TextClause,
+    bindparam,
+    case,
+    exists,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
@@ -242,23 +256,75 @@ def free_dead_leases(tx: Connection, dead: list[str] | None = None) -> int:
     return tx.execute(held.values(lease_owner=None, lease_until=None, crashes=issuances.c.crashes + 1)).rowcount
 
 
-def record(tx: Connection, claimed: Issuance, now: datetime, **values: Any) -> Issuance:
-    """Write `values` to a claimed issuance and return it anew; LeaseLost if it has moved on."""
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is to be written to a claimed issuance: `values` by column."""
+
+    claimed: Issuance
+    now: datetime
+    values: Mapping[str, Any]
+
+
+def change(claimed: Issuance, now: datetime, **values: Any) -> Change:
+    """Return a change; one of state begins the time in that state, and shows that nobody died of it."""
     if values.get("state", claimed.state) != claimed.state:
         values |= {"state_at": now, "crashes": 0}
-    fenced = update(issuances).where(
-        issuances.c.id == claimed.id,
-        issuances.c.lease_owner == claimed.lease_owner,
-        issuances.c.lease_token == claimed.lease_token,
-        issuances.c.state == claimed.state,
-    )
-    row = tx.execute(fenced.values(**values).returning(*columns_of(Issuance, issuances))).first()
-    if row is not None:
-        return to_value(Issuance, row)
-    recorded = find_recorded(tx, claimed, values.get("state", claimed.state))
+    return Change(claimed, now, values)
+
+
+def closing(claimed: Issuance, state: State, now: datetime, **values: Any) -> Change:
+    """Return the change that ends a claimed issuance."""
+    return change(claimed, now, state=state, closed_at=now, lease_owner=None, lease_until=None, **values)
+
+
+def record_all(tx: Connection, changes: Sequence[Change]) -> list[Issuance]:
+    """Write changes of several issuances and return these as they are then; LeaseLost if any has moved on.
+
+    Of several nothing may be kept then, because it shows only for each alone whether it was this very claim
+    that has written it before (see `find_recorded`).
+    """
+    alike: dict[tuple[str, ...], list[Change]] = {}
+    for one in sorted(changes, key=lambda one: one.claimed.id):  # all that lock several do it in this order
+        alike.setdefault(tuple(one.values), []).append(one)
+    if all(_write_fenced(tx, group) for group in alike.values()):
+        return [_changed(one) for one in changes]
+    first = changes[0]
+    recorded = find_recorded(tx, first.claimed, first.values.get("state", "")) if len(changes) == 1 else None
     if recorded is None:
-        raise LeaseLost(f"issuance {claimed.id} belongs to another worker now, so nothing more is sent for it")
-    return recorded
+        raise LeaseLost(f"issuance {first.claimed.id} belongs to another worker now, so nothing more is sent for it")
+    return [recorded]
+
+
+_FENCED = update(issuances).where(
+    issuances.c.id == bindparam("claimed_id"),
+    issuances.c.lease_owner == bindparam("claimed_owner"),
+    issuances.c.lease_token == bindparam("claimed_token"),
+    issuances.c.state == bindparam("claimed_state"),
+)
+
+
+def _write_fenced(tx: Connection, changes: Sequence[Change]) -> bool:
+    """Write changes of the same columns; say whether every one was still claimed as it is said to be."""
+    rows = [
+        {
+            **one.values, "claimed_id": one.claimed.id, "claimed_owner": one.claimed.lease_owner,
+            "claimed_token": one.claimed.lease_token, "claimed_state": one.claimed.state,
+        }
+        for one in changes
+    ]  # fmt: skip
+    return tx.execute(_FENCED, rows).rowcount == len(rows)
+
+
+def _changed(one: Change) -> Issuance:
+    return replace(one.claimed, **{name: value for name, value in one.values.items() if name in _FIELDS})
+
+
+_FIELDS = frozenset(field.name for field in fields(Issuance))
+
+
+def record(tx: Connection, claimed: Issuance, now: datetime, **values: Any) -> Issuance:
+    """Write `values` to a claimed issuance and return it anew; LeaseLost if it has moved on."""
+    return record_all(tx, [change(claimed, now, **values)])[0]
 
 
 def find_recorded(tx: Connection, claimed: Issuance, state: str) -> Issuance | None:
@@ -278,16 +344,22 @@ def read_again(tx: Connection, claimed: Issuance) -> Issuance:
     return found
 
 
-def is_ordering(tx: Connection, names_hash: str, account_id: str, besides: str, now: datetime) -> bool:
-    """Say whether another open issuance orders the same names with the same account, and is not set aside for long.
+def being_ordered(tx: Connection, hashes: Collection[str], account_id: str, now: datetime) -> set[str]:
+    """Return which of these sets of names open issuances order with this account, if not set aside for long.
 
-    A CA may answer both with one order (Boulder does), which only one of them can finalize.
+    A CA may answer two of them with one order (Boulder does), which only one of them can finalize.
     """
-    started = issuances.c.state.not_in([State.QUEUED, State.KEY_READY])
-    same = (issuances.c.names_hash == names_hash, issuances.c.account_id == account_id, issuances.c.id != besides)
-    soon = issuances.c.attempt_at <= now + _SET_ASIDE
-    query = select(1).where(text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN_STATE}"), started, soon, *same)
-    return tx.execute(query.limit(1)).first() is not None
+    asked = {"hashes": sorted(hashes), "account": account_id, "soon": now + _SET_ASIDE}
+    return set(tx.execute(_ORDERING, asked).scalars())
+
+
+_ORDERING = select(issuances.c.names_hash).where(
+    text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN_STATE}"),
+    issuances.c.names_hash.in_(bindparam("hashes", expanding=True)),
+    issuances.c.state != State.QUEUED,
+    issuances.c.account_id == bindparam("account"),
+    issuances.c.attempt_at <= bindparam("soon"),
+)
 
 
 def release(tx: Connection, claimed: Issuance, attempt_at: datetime, now: datetime, **values: Any) -> Issuance:
@@ -297,16 +369,15 @@ def release(tx: Connection, claimed: Issuance, attempt_at: datetime, now: dateti
 
 def close(tx: Connection, claimed: Issuance, state: State, now: datetime, **values: Any) -> Issuance:
     """End a claimed issuance."""
-    return record(tx, claimed, now, state=state, closed_at=now, lease_owner=None, lease_until=None, **values)
+    return record_all(tx, [closing(claimed, state, now, **values)])[0]
 
 
 def cancel_unclaimed(tx: Connection, lineage_id: str, now: datetime) -> bool:
     """Cancel the open issuance of a lineage nobody wants any more, unless a worker holds it or has ordered."""
     free = _is_free()
-    unordered = issuances.c.state.in_([State.QUEUED, State.KEY_READY])
     cancelled = (
         update(issuances)
-        .where(issuances.c.lineage_id == lineage_id, unordered, free)
+        .where(issuances.c.lineage_id == lineage_id, issuances.c.state == State.QUEUED, free)
         .values(state=State.CANCELLED, state_at=now, closed_at=now)
     )
     return tx.execute(cancelled).rowcount == 1

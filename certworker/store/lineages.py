@@ -1,11 +1,11 @@
 """`lineages`: a set of names that one certificate after another serves, and when to look at it next."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, exists, func, insert, literal, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, func, insert, literal, select, update
 
 from certworker.core.certificate import Leaf, Validity
 from certworker.core.names import names_hash
@@ -76,11 +76,25 @@ def find(tx: Connection, lineage_id: str) -> Lineage | None:
     return None if row is None else to_value(Lineage, row)
 
 
+def find_all(tx: Connection, ids: Sequence[str]) -> dict[str, Lineage]:
+    """Return these lineages by id."""
+    return {row.id: to_value(Lineage, row) for row in tx.execute(_FIND_ALL, {"ids": ids})}
+
+
+_FIND_ALL = select(*columns_of(Lineage, lineages)).where(lineages.c.id.in_(bindparam("ids", expanding=True)))
+
+
 def lock(tx: Connection, lineage_id: str) -> Lineage | None:
     """Return one lineage, locked until the commit."""
-    query = select(*columns_of(Lineage, lineages)).where(lineages.c.id == lineage_id).with_for_update()
-    row = tx.execute(query).first()
-    return None if row is None else to_value(Lineage, row)
+    return find_and_lock(tx, [lineage_id]).get(lineage_id)
+
+
+def find_and_lock(tx: Connection, ids: Sequence[str]) -> dict[str, Lineage]:
+    """Return these lineages by id, locked until the commit."""
+    return {row.id: to_value(Lineage, row) for row in tx.execute(_LOCK, {"ids": ids})}
+
+
+_LOCK = _FIND_ALL.order_by(lineages.c.id).with_for_update()
 
 
 def lock_all(tx: Connection, ids: list[str]) -> None:
@@ -191,17 +205,26 @@ def link(tx: Connection, policy_id: str, wanted: list[str]) -> list[str]:
     return gone + fresh
 
 
+def wanted_among(tx: Connection, ids: Sequence[str]) -> set[str]:
+    """Return which of these a policy wants certificates for: `mode = auto` and not paused."""
+    return set(tx.execute(_WANTED, {"ids": ids}).scalars())
+
+
+_OF_LINEAGES = policy_lineages.c.lineage_id.in_(bindparam("ids", expanding=True))
+_WANTED = select(policy_lineages.c.lineage_id).where(_OF_LINEAGES, *_WANTING)
+
+
 def is_wanted(tx: Connection, lineage_id: str) -> bool:
-    """Say whether a policy wants certificates for it: `mode = auto` and not paused."""
-    query = select(1).where(policy_lineages.c.lineage_id == lineage_id, *_WANTING)
-    return tx.execute(query.limit(1)).first() is not None
+    """Say whether a policy wants certificates for it."""
+    return bool(wanted_among(tx, [lineage_id]))
 
 
-def is_linked(tx: Connection, lineage_id: str) -> bool:
-    """Say whether a policy that is still there names it, paused or not."""
-    there = tls_policies.c.id == policy_lineages.c.policy_id
-    query = select(1).where(policy_lineages.c.lineage_id == lineage_id, there)
-    return tx.execute(query.limit(1)).first() is not None
+def linked_among(tx: Connection, ids: Sequence[str]) -> set[str]:
+    """Return which of these a policy names that is still there, paused or not."""
+    return set(tx.execute(_LINKED, {"ids": ids}).scalars())
+
+
+_LINKED = select(policy_lineages.c.lineage_id).where(_OF_LINEAGES, tls_policies.c.id == policy_lineages.c.policy_id)
 
 
 def policy_ids(tx: Connection, lineage_id: str) -> list[str]:
@@ -264,38 +287,46 @@ def set_next_check(tx: Connection, lineage_id: str, at: datetime | None, now: da
     tx.execute(update(lineages).where(lineages.c.id == lineage_id).values(next_check_at=at, updated_at=now))
 
 
-def record_certificate(
-    tx: Connection, lineage_id: str, *, certificate_id: str, issuance_id: str, leaf: Leaf, usable: Validity,
-    renew_at: datetime, now: datetime,
-) -> None:  # fmt: skip
-    """Note the certificate that serves from now on, `usable` from when it came.
+@dataclass(frozen=True, slots=True)
+class NewCertificate:
+    """A certificate that serves from now on."""
 
-    Failures are forgotten, service is to be proved anew, and the CA is to be asked when to renew it.
+    lineage_id: str
+    certificate_id: str
+    issuance_id: str
+    leaf: Leaf
+    usable: Validity
+    """From when it came: one that arrives half used is not renewed at once."""
+    renew_at: datetime
+
+
+def record_certificates(tx: Connection, news: Sequence[NewCertificate], now: datetime) -> None:
+    """Note the certificates that serve from now on.
+
+    Failures are forgotten, service is to be proved anew, and the CA is to be asked when to renew them. A name that
+    was left out has no certificate: whoever wants it has to be told.
     """
-    _take_in(tx, lineage_id, leaf.dns_names)
-    missing = left_out(tx, lineage_id)
-    probe_at = min((name.probe_at for name in missing), default=renew_at)
-    tx.execute(
-        update(lineages)
-        .where(lineages.c.id == lineage_id)
-        .values(
-            certificate_id=certificate_id,
-            issuance_id=issuance_id,
-            not_before=usable.not_before,
-            not_after=usable.not_after,
-            renew_at=renew_at,
-            next_check_at=min(renew_at, probe_at),
-            failures=0,
-            error=missing[0].error if missing else None,
-            served_at=None,
-            updated_at=now,
-            renewal_id=leaf.renewal_id,
-            ari_check_at=now if leaf.renewal_id else None,
-            **_NO_WINDOW,
-        )
-    )
-    # A name that was left out has no certificate: whoever wants it has to be told.
-    record_status(tx, lineage_id, "error" if missing else "active", now)
+    several = [new for new in news if len(new.leaf.dns_names) > 1]  # what is for one name leaves out none
+    for new in several:
+        _take_in(tx, new.lineage_id, new.leaf.dns_names)
+    missing = left_out_among(tx, [new.lineage_id for new in news])
+    rows = [_with_certificate(new, missing.get(new.lineage_id, []), now) for new in news]
+    tx.execute(_UPDATE, rows)
+    _copy_statuses(tx, {row["of_id"]: row["status"] for row in rows}, now)
+
+
+def _with_certificate(new: NewCertificate, missing: "list[LeftOut]", now: datetime) -> dict[str, Any]:
+    return {
+        "of_id": new.lineage_id, "status": "error" if missing else "active",
+        "certificate_id": new.certificate_id, "issuance_id": new.issuance_id,
+        "not_before": new.usable.not_before, "not_after": new.usable.not_after, "renew_at": new.renew_at,
+        "next_check_at": min([new.renew_at, *(name.probe_at for name in missing)]),
+        "failures": 0, "error": missing[0].error if missing else None, "served_at": None, "updated_at": now,
+        "renewal_id": new.leaf.renewal_id, "ari_check_at": now if new.leaf.renewal_id else None, **_NO_WINDOW,
+    }  # fmt: skip
+
+
+_UPDATE = update(lineages).where(lineages.c.id == bindparam("of_id"))
 
 
 _NO_WINDOW = {"window_start": None, "window_end": None, "window_url": None, "ari_failures": 0, "ari_error": None}
@@ -416,10 +447,20 @@ def _make_due(tx: Connection, lineage_id: str, now: datetime, **values: Any) -> 
 
 def record_status(tx: Connection, lineage_id: str, status: str, now: datetime) -> None:
     """Set a lineage's status and bring the policies that want it up to date."""
-    tx.execute(update(lineages).where(lineages.c.id == lineage_id).values(status=status, updated_at=now))
-    tx.execute(update(policy_lineages).where(policy_lineages.c.lineage_id == lineage_id).values(lineage_status=status))
-    for policy_id in policy_ids(tx, lineage_id):
-        policies.refresh_status(tx, policy_id, now)
+    tx.execute(_UPDATE, {"of_id": lineage_id, "status": status, "updated_at": now})
+    _copy_statuses(tx, {lineage_id: status}, now)
+
+
+def _copy_statuses(tx: Connection, by_id: Mapping[str, str], now: datetime) -> None:
+    """Tell the policies that name these lineages how they stand."""
+    links = [{"of_lineage": lineage_id, "lineage_status": status} for lineage_id, status in sorted(by_id.items())]
+    tx.execute(_UPDATE_LINKS, links)
+    naming_them = tx.execute(_POLICIES_OF, {"ids": sorted(by_id)}).scalars()
+    policies.refresh_statuses(tx, sorted(set(naming_them)), now)
+
+
+_UPDATE_LINKS = update(policy_lineages).where(policy_lineages.c.lineage_id == bindparam("of_lineage"))
+_POLICIES_OF = select(policy_lineages.c.policy_id).where(_OF_LINEAGES)
 
 
 def first_name(tx: Connection, lineage: Lineage) -> str:

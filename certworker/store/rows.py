@@ -1,12 +1,12 @@
 """Between rows and values: ids, dataclasses filled from columns of the same names, rows that may be there."""
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Row, Table
+from sqlalchemy import Connection, Row, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.elements import KeyedColumnElement
 
@@ -44,18 +44,20 @@ def insert_new_all(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> 
     tx.execute(_insert(tx, table).on_conflict_do_nothing(), rows)
 
 
-def lock_rows(
-    tx: Connection, table: Table, rows: list[dict[str, Any]], columns: Sequence[ColumnElement[Any]]
-) -> Sequence[Row[Any]]:
-    """Lock the rows of these primary keys until the commit, in the given order; return their `columns`, in any.
+def lock_rows(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+    """Lock the rows of these primary keys until the commit, in the given order; one not there is inserted as given.
 
-    A row that is not there is inserted as it is given. One statement for both: between two of them another
-    transaction could insert the row, or delete it, and what is not there cannot be locked.
+    One statement for both: between two of them another transaction could insert the row, or delete it, and
+    what is not there cannot be locked.
     """
+    tx.execute(_insert_or_lock(table, tx.dialect.name), rows)
+
+
+@cache
+def _insert_or_lock(table: Table, dialect: str) -> postgresql.Insert | sqlite.Insert:
     key = [*table.primary_key]
-    insert = _insert(tx, table).values(rows)
-    locked = insert.on_conflict_do_update(index_elements=key, set_={key[0].name: key[0]})
-    return tx.execute(locked.returning(*columns)).all()
+    insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
+    return insert.on_conflict_do_update(index_elements=key, set_={key[0].name: key[0]})
 
 
 def put_row(tx: Connection, table: Table, **values: Any) -> None:

@@ -1,8 +1,9 @@
 """kill -9 at every boundary of an issuance, then the same start again: one certificate, no key lost.
 
-The points are K01 to K24 of the fault matrix; there is no K11, because nothing is done between the commit of
-`published` and the challenge. At each the worker is held exactly there, it is proved from the database and
-from what the CA saw that it is, and only then it is killed.
+The points are K02 to K24 of the fault matrix. The key is committed with `order_intent` (K03), so there is no
+K01; there is no K11, because nothing is done between the commit of `published` and the challenge. At each the
+worker is held exactly there, it is proved from the database and from what the CA saw that it is, and only then
+it is killed.
 """
 
 import time
@@ -123,10 +124,9 @@ NOTHING, ACCOUNT, ORDER, ISSUED = (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1)
 S = State
 
 POINTS = [
-    Point("K01", "commit of the key", commit_of(S.KEY_READY), S.QUEUED, NOTHING),
-    Point("K02", "newAccount unsent", before("newAccount"), S.KEY_READY, NOTHING),
-    Point("K02a", "newAccount unanswered", after("newAccount"), S.KEY_READY, ACCOUNT),
-    Point("K03", "commit of order_intent", commit_of(S.ORDER_INTENT), S.KEY_READY, ACCOUNT),
+    Point("K02", "newAccount unsent", before("newAccount"), S.QUEUED, NOTHING),
+    Point("K02a", "newAccount unanswered", after("newAccount"), S.QUEUED, ACCOUNT),
+    Point("K03", "commit of key and order_intent", commit_of(S.ORDER_INTENT), S.QUEUED, ACCOUNT),
     Point("K04", "nonce for newOrder", nonce_after("newAccount"), S.ORDER_INTENT, ACCOUNT),
     Point("K05", "newOrder unsent", before("newOrder"), S.ORDER_INTENT, ACCOUNT),
     # The one place where an order may be left over: a CA without order reuse makes another one.
@@ -138,13 +138,13 @@ POINTS = [
     Point("K12", "challenge unsent", before("challenge"), S.PUBLISHED, ORDER),
     Point("K13", "challenge unanswered", after("challenge", has_looked), S.PUBLISHED, ORDER),
     Point("K14", "order unsent, validating", before("order"), S.VALIDATING, ORDER),
-    Point("K15", "commit of finalize_intent", commit_of(S.FINALIZE_INTENT), S.AUTHORIZED, ORDER),
+    Point("K15", "commit of finalize_intent", commit_of(S.FINALIZE_INTENT), S.VALIDATING, ORDER),
     Point("K16", "finalize unsent", before("finalize"), S.FINALIZE_INTENT, ORDER),
     Point("K17", "finalize unanswered", after("finalize", has_issued), S.FINALIZE_INTENT, ISSUED),
     Point("K18", "order unsent, finalizing", before("order", skip=1), S.FINALIZING, ISSUED),
-    Point("K19", "certificate unanswered", after("certificate"), S.ISSUED, ISSUED),
-    Point("K20", "first write of the activation", commit_of(S.DONE), S.DOWNLOADED, ISSUED),
-    Point("K21", "last write of the activation", commit("NEW.status = 'active'", "certificates"), S.DOWNLOADED, ISSUED),
+    Point("K19", "certificate unanswered", after("certificate"), S.FINALIZING, ISSUED),
+    Point("K20", "first write of the activation", commit_of(S.DONE), S.FINALIZING, ISSUED),
+    Point("K21", "last write of the activation", commit("NEW.status = 'active'", "certificates"), S.FINALIZING, ISSUED),
     Point("K22", "after the activation", committed(S.DONE), S.DONE, ISSUED),
 ]
 

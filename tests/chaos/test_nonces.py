@@ -65,7 +65,7 @@ def test_every_nonce_is_refused(make_lab: MakeLab) -> None:
     assert "refuses every nonce" in shown["error"]["hint"]
     # Twelve until it opens, then one for each time that the directory could be read.
     assert len(attempts(lab)) <= 12 + 3 + 30 / 5
-    assert lab.world.rows("SELECT DISTINCT state FROM issuances") == [("key_ready",)]
+    assert lab.world.rows("SELECT DISTINCT state FROM issuances") == [("queued",)]
     assert lab.ledger() == []
     assert_fresh_nonces(lab)
 

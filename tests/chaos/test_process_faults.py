@@ -60,9 +60,9 @@ def assert_goes_on(rig: Rig, left: Row[Any]) -> None:
 
 RECORDED = [
     ("sqlite", "newOrder", State.ORDERED),
-    ("sqlite", "challenge", State.AUTHORIZED),  # what the CA validates is seen through
+    ("sqlite", "challenge", State.FINALIZE_INTENT),  # what the CA validates is seen through
     ("postgresql", "finalize", State.FINALIZING),
-    ("sqlite", "certificate", State.DOWNLOADED),
+    ("sqlite", "certificate", State.DONE),
 ]
 """What is committed at least: the crew is told to stop a moment after the service."""
 

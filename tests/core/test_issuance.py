@@ -29,7 +29,7 @@ from certworker.core.order import (
 )
 
 OPEN = [state for state in State if state not in CLOSED]
-BEFORE_ORDER = [State.QUEUED, State.KEY_READY, State.ORDER_INTENT]
+BEFORE_ORDER = [State.QUEUED, State.ORDER_INTENT]
 
 
 def order(status: OrderStatus) -> Order:
@@ -37,15 +37,12 @@ def order(status: OrderStatus) -> Order:
 
 
 AFTER = {
-    Action.MAKE_KEY: State.KEY_READY,
     Action.INTEND_ORDER: State.ORDER_INTENT,
     Action.PLACE_ORDER: State.ORDERED,
     Action.PUBLISH_CHALLENGES: State.PUBLISHED,
     Action.ANSWER_CHALLENGES: State.VALIDATING,
-    Action.NOTE_AUTHORIZED: State.AUTHORIZED,
     Action.INTEND_FINALIZE: State.FINALIZE_INTENT,
-    Action.NOTE_ISSUED: State.ISSUED,
-    Action.DOWNLOAD: State.DOWNLOADED,
+    Action.DOWNLOAD: State.DONE,
     Action.ACTIVATE: State.DONE,
     Action.EXPLAIN_FAILURE: State.FAILED,
 }
@@ -58,13 +55,13 @@ def test_there_is_always_one_answer(state: State, status: OrderStatus | None) ->
     action = next_action(state, None if status is None else order(status))
 
     if state in BEFORE_ORDER:
-        assert action in (Action.MAKE_KEY, Action.INTEND_ORDER, Action.PLACE_ORDER)
+        assert action in (Action.INTEND_ORDER, Action.PLACE_ORDER)
     elif state is State.DOWNLOADED:
         assert action is Action.ACTIVATE
     elif status is None:
         assert action is Action.LOOK
     else:
-        assert action not in (Action.LOOK, Action.MAKE_KEY, Action.INTEND_ORDER, Action.PLACE_ORDER)
+        assert action not in (Action.LOOK, Action.INTEND_ORDER, Action.PLACE_ORDER)
 
 
 @pytest.mark.parametrize(("state", "status"), list(product(OPEN, OrderStatus)))
@@ -86,22 +83,19 @@ def test_an_invalid_order_ends_it(state: State) -> None:
     ("state", "status", "action"),
     [
         (State.ORDERED, OrderStatus.PENDING, Action.PUBLISH_CHALLENGES),
-        (State.ORDERED, OrderStatus.READY, Action.NOTE_AUTHORIZED),
+        (State.ORDERED, OrderStatus.READY, Action.INTEND_FINALIZE),
         (State.PUBLISHED, OrderStatus.PENDING, Action.ANSWER_CHALLENGES),
-        (State.PUBLISHED, OrderStatus.VALID, Action.NOTE_ISSUED),
+        (State.PUBLISHED, OrderStatus.VALID, Action.DOWNLOAD),
         (State.VALIDATING, OrderStatus.PENDING, Action.WAIT),
-        (State.AUTHORIZED, OrderStatus.PENDING, Action.PROVE_AGAIN),
         (State.FINALIZE_INTENT, OrderStatus.PENDING, Action.PROVE_AGAIN),
         (State.FINALIZING, OrderStatus.PENDING, Action.PROVE_AGAIN),
-        (State.ISSUED, OrderStatus.PENDING, Action.WAIT),
-        (State.AUTHORIZED, OrderStatus.READY, Action.INTEND_FINALIZE),
+        (State.VALIDATING, OrderStatus.READY, Action.INTEND_FINALIZE),
         (State.FINALIZE_INTENT, OrderStatus.READY, Action.FINALIZE),
         (State.FINALIZE_INTENT, OrderStatus.PROCESSING, Action.WAIT),
-        (State.FINALIZE_INTENT, OrderStatus.VALID, Action.NOTE_ISSUED),
+        (State.FINALIZE_INTENT, OrderStatus.VALID, Action.DOWNLOAD),
         (State.FINALIZING, OrderStatus.READY, Action.FINALIZE),
-        (State.FINALIZING, OrderStatus.VALID, Action.NOTE_ISSUED),
-        (State.ISSUED, OrderStatus.VALID, Action.DOWNLOAD),
-        (State.ISSUED, OrderStatus.UNKNOWN, Action.WAIT),
+        (State.FINALIZING, OrderStatus.VALID, Action.DOWNLOAD),
+        (State.FINALIZING, OrderStatus.UNKNOWN, Action.WAIT),
     ],
 )
 def test_a_life_and_its_interruptions(state: State, status: OrderStatus, action: Action) -> None:
@@ -147,10 +141,8 @@ POSSIBLE = {
     State.ORDERED: [OrderStatus.PENDING, OrderStatus.READY, OrderStatus.INVALID],
     State.PUBLISHED: [OrderStatus.PENDING, OrderStatus.READY, OrderStatus.INVALID],
     State.VALIDATING: [OrderStatus.PENDING, OrderStatus.READY, OrderStatus.INVALID],
-    State.AUTHORIZED: [OrderStatus.READY, OrderStatus.INVALID],
     State.FINALIZE_INTENT: [OrderStatus.READY, OrderStatus.PROCESSING, OrderStatus.VALID, OrderStatus.INVALID],
     State.FINALIZING: [OrderStatus.READY, OrderStatus.PROCESSING, OrderStatus.VALID, OrderStatus.INVALID],
-    State.ISSUED: [OrderStatus.VALID],
 }
 """Where the CA's order can be when we come back after a crash."""
 

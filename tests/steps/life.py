@@ -31,15 +31,15 @@ NAME = "a.test"
 
 PLACES = {
     # place: method, path, what is committed when it is asked
-    "newAccount": ("POST", "/new-account", State.KEY_READY),
-    "directory": ("GET", "/directory", State.KEY_READY),
+    "newAccount": ("POST", "/new-account", State.QUEUED),
+    "directory": ("GET", "/directory", State.QUEUED),
     "newNonce": ("HEAD", "/new-nonce", State.ORDER_INTENT),
     "newOrder": ("POST", "/new-order", State.ORDER_INTENT),
     "authorization": ("POST", "/authorization/*", State.ORDERED),
     "challenge": ("POST", "/challenge/*", State.PUBLISHED),
     "order": ("POST", "/order/*", State.VALIDATING),
     "finalize": ("POST", "/finalize/*", State.FINALIZE_INTENT),
-    "certificate": ("POST", "/certificate/*", State.ISSUED),
+    "certificate": ("POST", "/certificate/*", State.FINALIZING),
 }
 """What is asked in the course of an issuance; of several on one world only the first asks for an account."""
 TIMES = {"badNonce": 10, "accountDoesNotExist": 2}

@@ -214,10 +214,9 @@ def test_a_finalize_that_the_ca_forgot(life: Life) -> None:
     assert session.issuance.state == State.DONE
 
 
-@pytest.mark.parametrize("state", [State.AUTHORIZED, State.FINALIZE_INTENT])
-def test_an_order_that_was_ready_and_is_not(life: Life, state: State) -> None:
+def test_an_order_that_was_ready_and_is_not(life: Life) -> None:
     """A41: the CA came back without what it had found: the names are proved again, and the same order goes on."""
-    session = life.reach(state, NAME)
+    session = life.reach(State.FINALIZE_INTENT, NAME)
     (order,) = life.world.ca.orders.values()
     (authorization,) = order.authorizations
     order.status = authorization.status = authorization.challenge_status = "pending"
@@ -300,9 +299,7 @@ def at_work(shown: dict[str, Any]) -> None:
     shown.update(status="pending", challenges=challenges)
 
 
-BEFORE_THE_END = [
-    State.ORDERED, State.PUBLISHED, State.VALIDATING, State.AUTHORIZED, State.FINALIZE_INTENT, State.FINALIZING,
-]  # fmt: skip
+BEFORE_THE_END = [State.ORDERED, State.PUBLISHED, State.VALIDATING, State.FINALIZE_INTENT, State.FINALIZING]
 
 
 @pytest.mark.parametrize("state", BEFORE_THE_END)
@@ -376,7 +373,7 @@ RECORD = 'CAA records of {name}: 0 issue "other.example"; our account, for accou
 @pytest.mark.parametrize("place", ["newOrder", "authorization", "finalize"])
 def test_a_caa_record_is_shown(life: Life, place: str) -> None:
     """A47: the record that we find, and the account that it would have to name, wherever the CA minds it."""
-    session = life.reach(State.VALIDATING if place == "authorization" else State.KEY_READY, NAME)
+    session = life.reach(State.VALIDATING if place == "authorization" else State.QUEUED, NAME)
     if place == "authorization":
         kill(life.world, "caa")
     else:
@@ -409,7 +406,7 @@ def test_a_caa_record_of_one_name_of_several(life: Life) -> None:
 @pytest.mark.parametrize("status", ["expired", "revoked", "deactivated"])
 def test_an_authorization_that_ends(life: Life, status: str) -> None:
     """A22: nobody's fault; a new order, soon."""
-    session = life.reach(State.AUTHORIZED, NAME)
+    session = life.reach(State.FINALIZE_INTENT, NAME)
     kill(life.world, None, status)
     session.look_anew()
     life.move(session)
@@ -553,7 +550,7 @@ def test_a_chain_that_must_not_be_stored(life: Life, what: str) -> None:
     """Downloaded once more, in case it was damaged on the way; then the CA means it: told, and nothing is kept."""
     before = serving(life.world, due=True)
     session = sent_instead(life, what, times=2)
-    assert (session.issuance.state, session.issuance.chain_pem) == (State.ISSUED, None)
+    assert (session.issuance.state, session.issuance.chain_pem) == (State.FINALIZING, None)
     life.run(MINUTE)
 
     row, lineage = life.world.last_issuance(NAME), life.world.lineage(NAME)
@@ -679,7 +676,7 @@ def test_a_first_certificate_that_starts_tomorrow(life: Life) -> None:
 def sent_instead(life: Life, what: str, times: int) -> Session:
     """Take the renewal to the download, and let the CA answer that with something else."""
     (session,) = life.world.claim()
-    life.move(session, State.ISSUED)
+    life.move(session, State.FINALIZING)
     ca = life.world.ca
     forge = Forge(ca.intermediate, ca.issued[-1].certificate.public_key(), life.clock())
     hostile = Hostile(forge, ca.issued[-1].chain_pem, to_pem(ca.root.certificate))
@@ -885,7 +882,7 @@ def test_the_same_names_twice(life: Life) -> None:
     want_as_well(life.world, "rsa-2048")
     (second,) = life.world.claim()
     life.move(second)
-    assert (second.issuance.state, second.issuance.failures) == (State.KEY_READY, 0)
+    assert (second.issuance.state, second.issuance.failures) == (State.QUEUED, 0)
     assert (second.issuance.error or {})["type"] == "certworker:same-names"
     life.run(MINUTE)
     assert len(life.wire.to("/new-order")) == 1

@@ -13,7 +13,7 @@ from certworker.errors import TransportFault
 from certworker.steps.expire import expire
 from certworker.steps.issue import advance
 from certworker.steps.scan import scan
-from certworker.steps.session import Bench, Session, open_session
+from certworker.steps.session import Bench, Session, open_sessions
 from certworker.store import issuances, lineages
 from certworker.store.database import Database
 from certworker.store.rows import new_id
@@ -80,7 +80,7 @@ class Fleet:
 
     def claim(self, worker: str, room: int) -> list[Session]:
         db, now = self.world.db, self.world.clock()
-        return db.write(lambda tx: [open_session(tx, one) for one in issuances.claim(tx, worker, now, room)])
+        return db.write(lambda tx: open_sessions(tx, issuances.claim(tx, worker, now, room)))
 
     def work(self, bench: Bench, session: Session) -> None:
         clock = self.world.clock

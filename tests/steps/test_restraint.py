@@ -42,7 +42,7 @@ def test_an_order_that_the_ledger_refuses_is_not_sent(world: World) -> None:
     # One in five is kept for what is about to end.
     assert orders(world) == 4
     waiting = [row for row in world.rows("SELECT state, failures FROM issuances") if row[0] != "done"]
-    assert waiting == [("key_ready", 0)] * 2
+    assert waiting == [("queued", 0)] * 2
     errors = {one["type"] for one in errors_of(world)}
     assert errors == {"certworker:budget"}
 
@@ -178,7 +178,7 @@ def test_what_a_person_has_to_mend_stops_everybody_until_it_is_mended(world: Wor
         while session.issuance.is_open and session.issuance.lease_owner is not None:
             advance(bench, session)
     assert orders(world) == 1
-    assert sorted(states(world)) == ["failed", "key_ready"]
+    assert sorted(states(world)) == ["failed", "queued"]
 
     bench.gate.resume()
     scan(world.db, world.clock)
@@ -274,7 +274,7 @@ def test_nothing_is_sent_under_a_lease_that_was_lost_meanwhile(world: World) -> 
     world.worker = "00000000-0000-4000-8000-00000000000f"
     (other,) = world.claim()
     asked = len(world.ca.requests)
-    crew._in_work.append(session)
+    crew._in_work[session.issuance.id] = session
 
     crew._move(session)
 
@@ -290,7 +290,7 @@ def test_a_lease_that_is_still_ours_is_extended_and_the_work_goes_on(world: Worl
     session = take(crew, world)
     session.kept_at -= 26
     kept_at = session.kept_at
-    crew._in_work.append(session)
+    crew._in_work[session.issuance.id] = session
 
     crew._move(session)
 

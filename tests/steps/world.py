@@ -13,13 +13,15 @@ from certworker.core.budget import Limits
 from certworker.steps import barrier
 from certworker.steps.gate import Gate
 from certworker.steps.issue import advance
+from certworker.steps.pace import Pace, Paces
 from certworker.steps.reconcile import Wanted, reconcile
 from certworker.steps.register import Accounts, Registration
 from certworker.steps.scan import scan
-from certworker.steps.session import Bench, Session, open_session
+from certworker.steps.session import Bench, Session, open_sessions
 from certworker.store import challenges, issuances, lineages, policies
 from certworker.store.database import Database, Transaction
 from certworker.store.issuances import Issuance
+from certworker.store.journal import Journal
 from certworker.store.lineages import Issuer, Lineage
 from certworker.store.rows import new_id
 from certworker.store.seal import Sealer
@@ -72,8 +74,9 @@ class World:
         accounts = Accounts(self.db, client, self.sealer, self.clock, self.registration)
         gate = Gate(self.db, self.ca.directory_url, self.clock, lambda: self.draw, self.worker, "as in tests")
         return Bench(
-            self.db, client, accounts, gate, self.limits, self.sealer, self.clock, lambda: self.draw,
-            self._look_up, lambda dns_name: f'CAA records of {dns_name}: 0 issue "other.example"', self._unready,
+            self.db, Journal(self.db), client, accounts, gate, self.limits, self.sealer, self.clock,
+            Paces(Pace(), Pace()), lambda: self.draw, self._look_up,
+            lambda dns_name: f'CAA records of {dns_name}: 0 issue "other.example"', self._unready,
             self._moved,
         )  # fmt: skip
 
@@ -102,7 +105,7 @@ class World:
 
     def claim(self, limit: int = 100) -> list[Session]:
         now = self.clock()
-        return self.db.write(lambda tx: [open_session(tx, one) for one in issuances.claim(tx, self.worker, now, limit)])
+        return self.db.write(lambda tx: open_sessions(tx, issuances.claim(tx, self.worker, now, limit)))
 
     def work(self, patience: int = 200) -> None:
         """Move everything that is due until nothing is, letting time pass while the CA is busy."""

@@ -246,7 +246,7 @@ def test_issuances_of_an_account_are_counted_while_they_are_open(
     db.write(publish)
     assert counts() == (1, 1)
     issuance_id = db.read(lambda tx: tx.execute(select(table.c.id)).scalar_one())
-    for state, expected in ((State.VALIDATING, (1, 1)), (State.AUTHORIZED, (1, 0)), (State.FAILED, (0, 0))):
+    for state, expected in ((State.VALIDATING, (1, 1)), (State.FINALIZE_INTENT, (1, 0)), (State.FAILED, (0, 0))):
         db.write(lambda tx, state=state: tx.execute(update(table).values(state=state)))  # type: ignore[misc]
         assert counts() == expected
     assert db.read(lambda tx: issuances.find(tx, issuance_id)) is not None

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, insert, literal, select, update
 from certworker.core.issuance import State
 from certworker.errors import LeaseLost
 from certworker.store import challenges, issuances
+from certworker.store.challenges import Answer
 from certworker.store.database import Database
 from certworker.store.issuances import Issuance
 from certworker.store.rows import new_id
@@ -201,10 +202,10 @@ def test_a_state_that_has_moved_on_is_not_written_over(db: Database) -> None:
     queue_some(db, 1)
     (held,) = claim(db)
     key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s"}
-    moved = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
+    moved = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT, **key))
 
     with pytest.raises(LeaseLost):
-        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT))
+        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDERED))
     assert db.write(lambda tx: issuances.record(tx, moved, NOW, failures=2)).failures == 2
 
 
@@ -213,14 +214,14 @@ def test_what_was_committed_without_an_answer_is_found_when_it_is_said_again(db:
     queue_some(db, 1)
     (held,) = claim(db)
     key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s"}
-    moved = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
+    moved = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT, **key))
 
-    again = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key | {"spki_sha256": "t"}))
+    again = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT, **key | {"spki_sha256": "t"}))
     assert again == moved
     expire_leases(db)
     claim(db, OTHER)
     with pytest.raises(LeaseLost):
-        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
+        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT, **key))
 
 
 def test_state_at_moves_with_the_state_only(db: Database) -> None:
@@ -231,7 +232,7 @@ def test_state_at_moves_with_the_state_only(db: Database) -> None:
     key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s"}
     at = select(rows.c.state_at)
 
-    moved = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
+    moved = db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT, **key))
     db.write(lambda tx: issuances.record(tx, moved, later, failures=2))
     assert db.read(lambda tx: tx.execute(at).scalar()) == NOW
 
@@ -351,7 +352,7 @@ def test_a_lease_that_nobody_gave_back_counts_as_a_crash(db: Database) -> None:
     (held,) = claim(db)
     assert held.crashes == 3
     key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s"}
-    db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY, **key))
+    db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT, **key))
     expire_leases(db)
     (held,) = claim(db)
     assert held.crashes == 1
@@ -371,14 +372,14 @@ def test_the_leases_of_dead_workers_are_freed_and_no_others(db: Database) -> Non
 def test_another_order_for_the_same_names_is_seen(db: Database) -> None:
     """From its intent to its end, with the same account only."""
     queue_some(db, 2)
-    first, second = claim(db)
+    first, _ = claim(db)
     account = add_account(db)
     key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s", "names_hash": "h", "account_id": account}
 
     def asks(account_id: str = account) -> bool:
-        return db.read(lambda tx: issuances.is_ordering(tx, "h", account_id, second.id, NOW))
+        return db.read(lambda tx: issuances.being_ordered(tx, {"h", "other"}, account_id, NOW)) == {"h"}
 
-    ready = db.write(lambda tx: issuances.record(tx, first, NOW, state=State.KEY_READY, **key))
+    ready = db.write(lambda tx: issuances.record(tx, first, NOW, **key))
     assert not asks()
     intends = db.write(lambda tx: issuances.record(tx, ready, NOW, state=State.ORDER_INTENT))
     assert asks()
@@ -414,35 +415,32 @@ def test_a_token_is_answered_while_its_issuance_is_open(db: Database) -> None:
     (issuance_id,) = queue_some(db, 1)
 
     def publish(authorization: str) -> None:
-        db.write(
-            lambda tx: challenges.publish(tx, issuance_id, "https://ca.test/authz/1", "a.test", "t", authorization, NOW)
-        )
+        answer = Answer(issuance_id, "https://ca.test/authz/1", "a.test", "t", authorization)
+        db.write(lambda tx: challenges.publish_all(tx, [answer], NOW))
 
     publish("t.one")
     publish("t.two")
     assert db.read(lambda tx: challenges.find_key_authorization(tx, "t")) == "t.two"
     assert db.read(lambda tx: challenges.find_key_authorization(tx, "T")) is None
-    db.write(lambda tx: challenges.withdraw(tx, issuance_id))
+    db.write(lambda tx: challenges.withdraw(tx, [issuance_id]))
     assert db.read(lambda tx: challenges.find_key_authorization(tx, "t")) is None
 
 
 def test_two_orders_may_share_a_token(db: Database) -> None:
     """Withdrawing one leaves the other's."""
     ids = queue_some(db, 2)
-    for issuance_id in ids:
-        db.write(
-            lambda tx, issuance_id=issuance_id: challenges.publish(tx, issuance_id, "u", "a.test", "t", "t.x", NOW)
-        )
+    answers = [Answer(issuance_id, "u", "a.test", "t", "t.x") for issuance_id in ids]
+    db.write(lambda tx: challenges.publish_all(tx, answers, NOW))
 
-    db.write(lambda tx: challenges.withdraw(tx, ids[0]))
+    db.write(lambda tx: challenges.withdraw(tx, ids[:1]))
     assert db.read(lambda tx: challenges.find_key_authorization(tx, "t")) == "t.x"
 
 
 def test_stale_tokens_of_closed_issuances_go(db: Database) -> None:
     """Those of open ones stay however old they are."""
     ids = queue_some(db, 2)
-    for number, issuance_id in enumerate(ids):
-        db.write(lambda tx, i=issuance_id, n=number: challenges.publish(tx, i, "u", "a.test", f"t{n}", "x", NOW))
+    answers = [Answer(issuance_id, "u", "a.test", f"t{number}", "x") for number, issuance_id in enumerate(ids)]
+    db.write(lambda tx: challenges.publish_all(tx, answers, NOW))
     held, _ = claim(db)
     db.write(lambda tx: issuances.close(tx, held, State.FAILED, NOW))
 
@@ -468,4 +466,4 @@ def test_a_lease_of_a_clock_that_ran_ahead_is_none(db: Database) -> None:
 
     assert taken.id == held.id
     with pytest.raises(LeaseLost):
-        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.KEY_READY))
+        db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT))

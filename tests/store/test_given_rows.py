@@ -383,9 +383,9 @@ def test_a_second_published_version_is_refused(program: Program) -> None:
         program(f"UPDATE config_versions SET status = 'published' WHERE id = '{NODE}'")
 
 
-@pytest.mark.parametrize("state", ["key_ready", "order_intent", "ordered", "issued", "downloaded", "done"])
+@pytest.mark.parametrize("state", ["order_intent", "ordered", "finalizing", "downloaded", "done"])
 def test_no_order_without_its_key(db: Database, program: Program, lineage_id: str, state: str) -> None:
-    """From `key_ready` on key and CSR are in the row, and the chain from `downloaded` on."""
+    """From `order_intent` on key and CSR are in the row, and the chain from `downloaded` on."""
     db.write(lambda tx: issuances.queue(tx, lineage_id, "first", NOW))
 
     for values in ("", ", key_pem = 'k'", ", csr_der = 'c'"):

@@ -28,7 +28,9 @@ from certworker.store import (
     versions,
     workers,
 )
+from certworker.store.certificates import Activation
 from certworker.store.database import Database
+from certworker.store.lineages import NewCertificate
 from certworker.store.rows import new_id
 from certworker.store.seal import Sealer
 from certworker.store.tables import acme_accounts, audit_logs, node_status, policy_lineages
@@ -55,13 +57,12 @@ def activate(db: Database, lineage_id: str, serial: str = "01", name: str = "a.t
     """Let a lineage serve a leaf, as the step does, and return the certificate's id."""
 
     def write(tx: Connection) -> str:
-        certificate_id = certificates.id_for_lineage(tx, lineage_id)
-        leaf = leaf_of(name, serial)
-        lineages.record_certificate(
-            tx, lineage_id, certificate_id=certificate_id, issuance_id=new_id(), leaf=leaf,
-            usable=leaf.validity, renew_at=NOW + 60 * DAY, now=NOW,
-        )  # fmt: skip
-        certificates.activate(tx, certificate_id, lineage_id, name, "chain", "key", leaf, NOW)
+        before = certificates.of_lineages(tx, [lineage_id]).get(lineage_id)
+        certificate_id, leaf = before.id if before else new_id(), leaf_of(name, serial)
+        new = NewCertificate(lineage_id, certificate_id, new_id(), leaf, leaf.validity, NOW + 60 * DAY)
+        lineages.record_certificates(tx, [new], NOW)
+        serving = Activation(certificate_id, before, lineage_id, name, "chain", "key", leaf)
+        certificates.activate_all(tx, [serving], NOW)
         return certificate_id
 
     return db.write(write)

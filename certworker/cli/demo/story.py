@@ -21,21 +21,17 @@ _VISITS = 25
 
 _MEANING = {
     "queued": "the scan found a name without a certificate",
-    "key_ready": "key made and sealed, CSR stored: nothing was sent yet",
-    "order_intent": "account at the CA is ready",
+    "order_intent": "key sealed, CSR and account stored: nothing was ordered yet",
     "ordered": "the CA opened an order; its URL is stored",
     "published": "challenge published: the responder can answer it",
     "validating": "the CA was told to look; it comes through HAProxy's http listener",
-    "authorized": "the CA is convinced that the name is ours",
-    "finalize_intent": "about to send the CSR",
+    "finalize_intent": "the CA is convinced that the name is ours; about to send the CSR",
     "finalizing": "CSR sent",
-    "issued": "the CA has signed",
-    "downloaded": "chain checked: our key, exactly our names, signatures, dates",
-    "done": "activated: certificate, policy and audit log in one transaction",
+    "done": "signed and checked: our key, exactly our names; activated with policy and audit log in one transaction",
     "served": "HAProxy proved by a TLS handshake that it presents the new leaf",
 }
 
-_REMEMBERED = "the CA still remembers that the name is ours, and need not look"
+_REMEMBERED = "the CA still remembers that the name is ours, and need not look; about to send the CSR"
 
 _GATEWAY = """\
 listeners = [
@@ -153,7 +149,7 @@ def _follow(screen: Screen, service: RunningService, position: int) -> float:
             continue
         at = datetime.fromisoformat(event["timestamp"])
         began = began or at
-        remembered = state == "authorized" and shown == "ordered"
+        remembered = state == "finalize_intent" and shown == "ordered"
         screen.step((at - began).total_seconds(), state, _REMEMBERED if remembered else _MEANING[state])
         shown = state
         if state == "served":
