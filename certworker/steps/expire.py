@@ -80,11 +80,6 @@ def _flip(tx: Connection, page: list[StoredCertificate], status: str, lineage_st
     # The revisions late: whoever takes the counter keeps every activation waiting until the commit.
     for certificate in page:
         certificates.set_status(tx, certificate.id, status, now)
-    for certificate in page:
-        if certificate.lineage_id is None:
-            _tell(tx, certificate, now)
-
-
-def _tell(tx: Connection, certificate: StoredCertificate, now: datetime) -> None:
-    for policy in policies.wanting(tx, certificate.domain):
-        policies.refresh_status(tx, policy.id, now)
+    uploads = [certificate for certificate in page if certificate.lineage_id is None]
+    wanting = [policy.id for upload in uploads for policy in policies.wanting(tx, upload.domain)]
+    policies.refresh_statuses(tx, wanting, now)

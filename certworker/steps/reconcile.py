@@ -1,8 +1,8 @@
 """Policies become lineages; what other programs wrote is taken over.
 
-Works off the notes that the triggers left, in order, one row per transaction, so that one strange row
-holds up no other. A change of CA, profile or key type, and every SWEEP, notes all policies again, a
-page at a time.
+Works off the notes that the triggers left, in order: policies a page at a time, in a few statements however many
+they are, certificates one by one. A page that cannot be taken is taken row by row, so that one strange row holds up
+no other. A change of CA, profile or key type, and every SWEEP, notes all policies again, a page at a time.
 """
 
 import logging
@@ -29,8 +29,11 @@ _log = logging.getLogger(__name__)
 
 SWEEP = timedelta(hours=1)
 _PAGE = 200
+"""Policies in one transaction."""
+_NAMES = 2000
+"""Names of theirs after which a page ends before, so that nobody waits long for what it locks."""
 _AT_ONCE = 50
-"""Rows of a kind after which what they want is queued: thousands that are new do not wait for each other."""
+"""Certificates after which it is the policies' turn again."""
 _SWEEP_AFTER = "sweep_after"
 """settings_kv: the id after which a sweep goes on; absent while none is under way."""
 
@@ -62,44 +65,93 @@ def reconcile(
     """Take over everything that was noted, while `going`; return how many rows were looked at.
 
     `taken` is called now and then when some have been, and in the end. `thumbprint` is that of the account
-    which stateless listeners answer for (see `thumbprints.has_changed`).
+    which stateless listeners answer for (see `thumbprints.news`).
     """
-    _sweep(db, clock, wanted, thumbprint)
-    topics = [
-        _Topic(changes.POLICY, partial(_take_policy, wanted=wanted), _refuse_policy),
-        _Topic(changes.CERTIFICATE, partial(_take_certificate, sealer=sealer), _refuse_row),
-    ]
+    if not db.read(lambda tx: _is_anything_to_do(tx, clock(), wanted, thumbprint)):
+        return 0
+    db.write(lambda tx: _sweep(tx, clock(), wanted, thumbprint))
+    policy = _Topic(changes.POLICY, lambda tx, one, now: _take_policies(tx, [one], wanted, now), _refuse_policy)
+    certificate = _Topic(changes.CERTIFICATE, partial(_take_certificate, sealer), _refuse_row)
     looked_at = 0
-    while some := _take_some(db, clock, topics, going):
+    while going():
+        some = _take_page(db, clock, policy, wanted, going)
+        some += _one_by_one(db, clock, certificate, _AT_ONCE, going)
+        if not some:
+            break
         looked_at += some
         taken()
     return looked_at
 
 
+def _is_anything_to_do(
+    tx: Connection, now: datetime, wanted: Wanted, thumbprint: Callable[[Connection], str | None]
+) -> bool:
+    """Look without writing: mostly there is nothing."""
+    if changes.pending(tx, changes.POLICY) or changes.pending(tx, changes.CERTIFICATE):
+        return True
+    known = settings_kv.find_all(tx, *_KNOWN)
+    if _SWEEP_AFTER in known or _is_sweep_due(known, wanted, now):
+        return True
+    return thumbprints.news(tx, known.get(settings_kv.THUMBPRINT), thumbprint) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class _Topic:
-    """How the notes of one kind are taken."""
+    """How the notes of one kind are taken, one by one."""
 
     name: str
-    take: Callable[..., None]
+    take: Callable[[Connection, str, datetime], None]
     refuse: Callable[[Connection, str, str, datetime], None]
     """What is done with a row that cannot be taken, whatever is the matter with it."""
 
 
-def _take_some(db: Database, clock: Clock, topics: list[_Topic], going: Callable[[], bool]) -> int:
-    looked_at = 0
-    for _ in range(_AT_ONCE):
-        one_each = sum(_take_one(db, clock, topic) for topic in topics) if going() else 0
-        if not one_each:
+def _take_page(db: Database, clock: Clock, topic: _Topic, wanted: Wanted, going: Callable[[], bool]) -> int:
+    """Take the oldest notes of policies together, or one by one where that cannot be done."""
+    try:
+        return db.write(lambda tx: _take_noted(tx, wanted, clock()))
+    except StoreRefused as error:
+        said = str(error)
+    except StoreError:
+        raise  # the database is not there: no row is at fault
+    except Exception as error:  # noqa: BLE001 - whichever row it is, more is said when its turn comes
+        said = type(error).__name__
+    _log.info("reconcile.one_by_one", extra={"error": said})
+    return _one_by_one(db, clock, topic, _PAGE, going)
+
+
+def _take_noted(tx: Connection, wanted: Wanted, now: datetime) -> int:
+    notes = changes.lock_oldest(tx, changes.POLICY, _PAGE)
+    if not notes:
+        return 0
+    page = _begin_with(notes, policies.count_names(tx, sorted(set(notes.values()))))
+    changes.remove(tx, list(page))
+    _take_policies(tx, sorted(set(page.values())), wanted, now)
+    return len(page)
+
+
+def _begin_with(notes: dict[int, str], names: dict[str, int]) -> dict[int, str]:
+    """Return the first of these notes, as many as have _NAMES in all; one at least."""
+    total = 0
+    page: dict[int, str] = {}
+    for note, policy_id in notes.items():
+        total += names.get(policy_id, 0)
+        if page and total > _NAMES:
             break
-        looked_at += one_each
-    return looked_at
+        page[note] = policy_id
+    return page
+
+
+def _one_by_one(db: Database, clock: Clock, topic: _Topic, limit: int, going: Callable[[], bool]) -> int:
+    for taken in range(limit):
+        if not going() or not _take_one(db, clock, topic):
+            return taken
+    return limit
 
 
 def _take_one(db: Database, clock: Clock, topic: _Topic) -> int:
     """Take the oldest note in one transaction; a row that cannot be taken is set aside in another one."""
     try:
-        return db.write(lambda tx: _take_oldest(tx, topic, partial(topic.take, now=clock())))
+        return db.write(lambda tx: _take_oldest(tx, topic, lambda one: topic.take(tx, one, clock())))
     except StoreRefused as error:
         said = str(error)
     except StoreError:
@@ -107,18 +159,18 @@ def _take_one(db: Database, clock: Clock, topic: _Topic) -> int:
     except Exception as error:  # noqa: BLE001 - one strange row must not hold up the others
         _log.exception("reconcile.bug", extra={"topic": topic.name})
         said = f"this row cannot be read ({type(error).__name__})"
-    return db.write(lambda tx: _take_oldest(tx, topic, lambda tx, row_id: topic.refuse(tx, row_id, said, clock())))
+    return db.write(lambda tx: _take_oldest(tx, topic, lambda one: topic.refuse(tx, one, said, clock())))
 
 
-def _take_oldest(tx: Connection, topic: _Topic, take: Callable[[Connection, str], None]) -> int:
+def _take_oldest(tx: Connection, topic: _Topic, take: Callable[[str], None]) -> int:
     row_ids = changes.take(tx, topic.name, 1)
     for row_id in row_ids:
-        take(tx, row_id)
+        take(row_id)
     return len(row_ids)
 
 
 def _refuse_policy(tx: Connection, policy_id: str, said: str, now: datetime) -> None:
-    policies.record_refused(tx, policy_id, [{"value": "", "rule": said}], now)
+    policies.record_refused(tx, {policy_id: [{"value": "", "rule": said}]}, now)
     policies.refresh_status(tx, policy_id, now)
 
 
@@ -145,27 +197,46 @@ def refused_names(policy: Policy, wanted: Wanted) -> tuple[list[str], list[dict[
     return list(accepted), refused
 
 
-def _take_policy(tx: Connection, policy_id: str, *, wanted: Wanted, now: datetime) -> None:
-    policy = policies.find(tx, policy_id)
-    names: list[str] = []
-    refused: list[dict[str, str]] = []
-    if policy is not None and policy.mode == "auto":
-        names, refused = refused_names(policy, wanted)
-    groups = [names] if names and policy is not None and policy.shared else [[name] for name in names]
-    wanted_ids = lineages.find_or_add(tx, groups, wanted.issuer, now)
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What becomes of one policy."""
+
+    asks: tuple[object, ...] | None
+    groups: list[list[str]]
+    """Sets of names, each for one certificate."""
+    refused: list[dict[str, str]]
+
+
+def _read_wish(policy: Policy | None, wanted: Wanted) -> _Wish:
+    if policy is None or policy.mode != "auto":
+        return _Wish(_asks(policy), [], [])
+    names, refused = refused_names(policy, wanted)
+    groups = [names] if names and policy.shared else [[name] for name in names]
+    return _Wish(_asks(policy), groups, refused)
+
+
+def _take_policies(tx: Connection, policy_ids: list[str], wanted: Wanted, now: datetime) -> None:
+    found = policies.find_all(tx, policy_ids)
+    wishes = {one: _read_wish(found.get(one), wanted) for one in policy_ids}
+    made = iter(lineages.find_or_add(tx, [g for wish in wishes.values() for g in wish.groups], wanted.issuer, now))
+    shall = {one: {next(made) for _ in wish.groups} for one, wish in wishes.items()}
     # Lineages before policies, as whoever flips a status locks them.
-    lineages.lock_all(tx, sorted({*wanted_ids, *lineages.linked_ids(tx, policy_id)}))
-    locked = policies.lock(tx, policy_id)
-    if _asks(locked) != _asks(policy):
-        changes.note(tx, changes.POLICY, [policy_id])  # it has changed meanwhile: the next look takes it
-        return
-    if locked is not None:
-        policies.record_refused(tx, policy_id, refused, now)
-    changed = lineages.link(tx, policy_id, wanted_ids)
-    _settle(tx, sorted({*wanted_ids, *changed}), now)
-    policies.refresh_status(tx, policy_id, now)
-    certificates.touch(tx, changed)
-    thumbprints.keep(tx, sorted({*wanted_ids, *changed}), now)
+    lineages.lock_all(tx, set().union(*shall.values(), *lineages.linked_ids(tx, policy_ids).values()))
+    locked = policies.lock_all(tx, policy_ids)
+    taken = {one: wish for one, wish in wishes.items() if wish.asks == _asks(locked.get(one))}
+    changes.note(tx, changes.POLICY, sorted(wishes.keys() - taken))  # changed meanwhile: the next look takes them
+    refused = {one: taken[one].refused for one in taken.keys() & locked if taken[one].refused != _refused(locked[one])}
+    policies.record_refused(tx, refused, now)
+    changed = lineages.link(tx, {one: shall[one] for one in taken})
+    touched = sorted(changed.union(*(shall[one] for one in taken)))
+    _settle(tx, touched, now)
+    policies.refresh_statuses(tx, taken, now)
+    certificates.touch(tx, sorted(changed))
+    thumbprints.keep(tx, touched, now)
+
+
+def _refused(policy: Policy) -> list[dict[str, str]]:
+    return policy.refused_names or []
 
 
 def _asks(policy: Policy | None) -> tuple[object, ...] | None:
@@ -179,7 +250,7 @@ def _settle(tx: Connection, lineage_ids: list[str], now: datetime) -> None:
         issuances.cancel_unclaimed(tx, lineage_id, now)
 
 
-def _take_certificate(tx: Connection, certificate_id: str, *, sealer: Sealer, now: datetime) -> None:
+def _take_certificate(sealer: Sealer, tx: Connection, certificate_id: str, now: datetime) -> None:
     certificate = certificates.lock(tx, certificate_id)
     if certificate is None:
         _take_removal(tx, certificate_id, now)
@@ -190,8 +261,7 @@ def _take_certificate(tx: Connection, certificate_id: str, *, sealer: Sealer, no
         _settle(tx, [certificate.lineage_id], now)
     if status != certificate.status:
         certificates.record_flip(tx, certificate, status, reason, now)
-    for policy in policies.wanting(tx, certificate.domain):
-        policies.refresh_status(tx, policy.id, now)
+    policies.refresh_statuses(tx, [policy.id for policy in policies.wanting(tx, certificate.domain)], now)
 
 
 def _take_pair(tx: Connection, certificate: StoredCertificate, sealer: Sealer, now: datetime) -> tuple[str, str]:
@@ -239,32 +309,36 @@ def _take_removal(tx: Connection, certificate_id: str, now: datetime) -> None:
         changes.note(tx, changes.POLICY, policies.manual_ids(tx))
 
 
-def _sweep(db: Database, clock: Clock, wanted: Wanted, thumbprint: Callable[[Connection], str | None]) -> None:
+_KNOWN = (_SWEEP_AFTER, settings_kv.THUMBPRINT, settings_kv.LAST_SWEEP_AT, settings_kv.ISSUER)
+
+
+def _sweep(tx: Connection, now: datetime, wanted: Wanted, thumbprint: Callable[[Connection], str | None]) -> None:
     """Note a page of policies again if a sweep is due or under way."""
-
-    def note_page(tx: Connection) -> None:
-        now = clock()
-        after = settings_kv.find(tx, _SWEEP_AFTER)
-        if thumbprints.has_changed(tx, thumbprint):
-            after = ""  # from the start, also if one is under way
-        elif after is None and not _sweep_due(tx, wanted, now):
-            return
-        page = policies.list_all(tx, after=after or "", limit=_PAGE)
-        changes.note(tx, changes.POLICY, [policy.id for policy in page])
-        if len(page) == _PAGE:
-            settings_kv.put(tx, _SWEEP_AFTER, page[-1].id)
-        else:
-            settings_kv.forget(tx, _SWEEP_AFTER)
-
-    db.write(note_page)
+    known = settings_kv.find_all(tx, *_KNOWN)
+    after = known.get(_SWEEP_AFTER)
+    news = thumbprints.news(tx, known.get(settings_kv.THUMBPRINT), thumbprint)
+    if news is not None:
+        settings_kv.put(tx, settings_kv.THUMBPRINT, news)
+        after = ""  # from the start, also if one is under way
+    elif after is None and _is_sweep_due(known, wanted, now):
+        settings_kv.put(tx, settings_kv.ISSUER, wanted.fingerprint)
+        settings_kv.put(tx, settings_kv.LAST_SWEEP_AT, now.isoformat())
+        # Before the first look nothing that was noted has been taken: to note it again would double the work.
+        after = "" if settings_kv.ISSUER in known else None
+    if after is not None:
+        _note_page(tx, after)
 
 
-def _sweep_due(tx: Connection, wanted: Wanted, now: datetime) -> bool:
-    last, issuer = settings_kv.find(tx, settings_kv.LAST_SWEEP_AT), settings_kv.find(tx, settings_kv.ISSUER)
+def _is_sweep_due(known: dict[str, str], wanted: Wanted, now: datetime) -> bool:
+    last = known.get(settings_kv.LAST_SWEEP_AT)
     fresh = last is not None and now - datetime.fromisoformat(last) < SWEEP
-    if fresh and issuer == wanted.fingerprint:
-        return False
-    settings_kv.put(tx, settings_kv.ISSUER, wanted.fingerprint)
-    settings_kv.put(tx, settings_kv.LAST_SWEEP_AT, now.isoformat())
-    # Before the first look nothing that was noted has been taken: to note it again would double the work.
-    return issuer is not None
+    return not fresh or known.get(settings_kv.ISSUER) != wanted.fingerprint
+
+
+def _note_page(tx: Connection, after: str) -> None:
+    page = policies.list_ids(tx, after=after, limit=_PAGE)
+    changes.note(tx, changes.POLICY, page)
+    if len(page) == _PAGE:
+        settings_kv.put(tx, _SWEEP_AFTER, page[-1])
+    else:
+        settings_kv.forget(tx, _SWEEP_AFTER)

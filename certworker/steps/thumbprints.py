@@ -16,19 +16,15 @@ _NONE = ""
 """settings_kv: no listener is stateless any more, and rows are taken away."""
 
 
-def has_changed(tx: Transaction, of_account: Callable[[Transaction], str | None]) -> bool:
-    """Remember what hosts are to answer with now, and say whether that is news.
+def news(tx: Transaction, known: str | None, of_account: Callable[[Transaction], str | None]) -> str | None:
+    """Return what hosts are to answer with from now on, None if that is what is `known` of it in `settings_kv`.
 
     `of_account` returns the thumbprint of the account that orders are made with; None before there is one,
     and while its key is being changed: then what is known stands.
     """
-    known = settings_kv.find(tx, settings_kv.THUMBPRINT)
     withdrawn = None if known is None else _NONE
     now = (of_account(tx) or known) if _is_stateless(tx, known) else withdrawn
-    if now is None or now == known:
-        return False
-    settings_kv.put(tx, settings_kv.THUMBPRINT, now)
-    return True
+    return None if now == known else now
 
 
 def _is_stateless(tx: Transaction, known: str | None) -> bool:

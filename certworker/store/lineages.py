@@ -97,54 +97,68 @@ def find_and_lock(tx: Connection, ids: Sequence[str]) -> dict[str, Lineage]:
 _LOCK = _FIND_ALL.order_by(lineages.c.id).with_for_update()
 
 
-def lock_all(tx: Connection, ids: list[str]) -> None:
-    """Lock these lineages until the commit, in the order of `ids`: sort them, as everybody does."""
-    for page in pages(ids):
-        tx.execute(select(lineages.c.id).where(lineages.c.id.in_(page)).order_by(lineages.c.id).with_for_update())
+def lock_all(tx: Connection, ids: Iterable[str]) -> dict[str, str]:
+    """Lock these lineages until the commit, sorted as everybody does; return how they stand, by id."""
+    return {row[0]: row[1] for page in pages(sorted(ids)) for row in tx.execute(_LOCK_ALL, {"ids": page})}
 
 
-def linked_ids(tx: Connection, policy_id: str) -> list[str]:
-    """Return the ids of the lineages that a policy is linked to."""
-    return list(
-        tx.execute(select(policy_lineages.c.lineage_id).where(policy_lineages.c.policy_id == policy_id)).scalars()
-    )
+_AMONG = lineages.c.id.in_(bindparam("ids", expanding=True))
+_LOCK_ALL = select(lineages.c.id, lineages.c.status).where(_AMONG).order_by(lineages.c.id).with_for_update()
+
+
+def linked_ids(tx: Connection, policy_ids: Iterable[str]) -> dict[str, set[str]]:
+    """Return the ids of the lineages that policies are linked to, by policy."""
+    found: dict[str, set[str]] = {policy_id: set() for policy_id in policy_ids}
+    for page in pages(sorted(found)):
+        for policy_id, lineage_id in tx.execute(_LINKED, {"ids": page}):
+            found[policy_id].add(lineage_id)
+    return found
+
+
+_LINKED = select(policy_lineages.c.policy_id, policy_lineages.c.lineage_id).where(
+    policy_lineages.c.policy_id.in_(bindparam("ids", expanding=True))
+)
 
 
 def find_or_add(tx: Connection, groups: list[list[str]], issuer: Issuer, now: datetime) -> list[str]:
     """Return the ids of the lineages for exactly these sets of names, in their order; those missing are made."""
-    by_hash = {names_hash(names): sorted(set(names)) for names in groups}
+    hashes = [names_hash(names) for names in groups]
+    by_hash = {key: sorted(set(names)) for key, names in zip(hashes, groups, strict=True)}
     found = _ids_by_hash(tx, list(by_hash), issuer)
     for page in pages(sorted(set(by_hash) - set(found))):
-        _add(tx, {key: by_hash[key] for key in page}, issuer, now)
-        found |= _ids_by_hash(tx, page, issuer)
-    return [found[names_hash(names)] for names in groups]
+        found |= _add(tx, {key: by_hash[key] for key in page}, issuer, now)
+    return [found[key] for key in hashes]
 
 
 def _ids_by_hash(tx: Connection, hashes: list[str], issuer: Issuer) -> dict[str, str]:
-    made_by = (
-        lineages.c.directory_url == issuer.directory_url,
-        lineages.c.profile == issuer.profile,
-        lineages.c.key_type == issuer.key_type,
-    )
-    found: dict[str, str] = {}
-    for page in pages(hashes):
-        query = select(lineages.c.names_hash, lineages.c.id).where(lineages.c.names_hash.in_(page), *made_by)
-        found |= {row[0]: row[1] for row in tx.execute(query)}
-    return found
+    values = {"directory_url": issuer.directory_url, "profile": issuer.profile, "key_type": issuer.key_type}
+    rows = [row for page in pages(hashes) for row in tx.execute(_BY_HASH, {"hashes": page, **values})]
+    return {row[0]: row[1] for row in rows}
 
 
-def _add(tx: Connection, by_hash: dict[str, list[str]], issuer: Issuer, now: datetime) -> None:
-    """Insert these, leaving out what another worker has just added."""
+_BY_HASH = select(lineages.c.names_hash, lineages.c.id).where(
+    lineages.c.names_hash.in_(bindparam("hashes", expanding=True)),
+    *(lineages.c[name] == bindparam(name) for name in ("directory_url", "profile", "key_type")),
+)
+
+
+def _add(tx: Connection, by_hash: dict[str, list[str]], issuer: Issuer, now: datetime) -> dict[str, str]:
+    """Insert these, leaving out what another worker has just added; return the ids of all, by hash."""
     made_by = {"directory_url": issuer.directory_url, "profile": issuer.profile, "key_type": issuer.key_type}
     times = {"created_at": now, "updated_at": now}
     rows = [{"id": new_id(), "names_hash": key, "dns_names": names} for key, names in by_hash.items()]
     insert_new_all(tx, lineages, [{**row, **made_by, **times} for row in rows])
-    added = set(_ids_by_hash(tx, list(by_hash), issuer).values())
+    there = _ids_by_hash(tx, list(by_hash), issuer)
+    added = set(there.values())
     listed = [
         {"dns_name": name, "lineage_id": row["id"]} for row in rows if row["id"] in added for name in row["dns_names"]
     ]
     if listed:
-        tx.execute(insert(lineage_names), listed)
+        tx.execute(_ADD_NAMES, listed)
+    return there
+
+
+_ADD_NAMES = insert(lineage_names)
 
 
 def naming(tx: Connection, dns_name: str) -> list[Lineage]:
@@ -182,49 +196,57 @@ def of_policy(tx: Connection, policy_id: str) -> list[Lineage]:
     return [to_value(Lineage, row) for row in tx.execute(query)]
 
 
-def link(tx: Connection, policy_id: str, wanted: list[str]) -> list[str]:
-    """Make `wanted` the lineages of a policy; return the ids that were added to it or taken from it."""
-    current = set(
-        tx.execute(select(policy_lineages.c.lineage_id).where(policy_lineages.c.policy_id == policy_id)).scalars()
-    )
-    gone, fresh = sorted(current - set(wanted)), sorted(set(wanted) - current)
-    for page in pages(gone):
-        tx.execute(
-            delete(policy_lineages).where(
-                policy_lineages.c.policy_id == policy_id, policy_lineages.c.lineage_id.in_(page)
-            )
-        )
-    for page in pages(fresh):
-        # Locked: a status that changes meanwhile would be copied as it was, and stay so.
-        query = select(lineages.c.id, lineages.c.status).where(lineages.c.id.in_(page)).order_by(lineages.c.id)
-        statuses = tx.execute(query.with_for_update()).all()
-        tx.execute(
-            insert(policy_lineages),
-            [{"policy_id": policy_id, "lineage_id": row[0], "lineage_status": row[1]} for row in statuses],
-        )
-    return gone + fresh
+def link(tx: Connection, wanted: Mapping[str, Iterable[str]]) -> set[str]:
+    """Make `wanted` the lineages of policies, by policy id; return those that were added to one or taken from one."""
+    current = linked_ids(tx, wanted)
+    shall = {policy_id: set(lineage_ids) for policy_id, lineage_ids in wanted.items()}
+    gone = [(one, lineage_id) for one, linked in current.items() for lineage_id in sorted(linked - shall[one])]
+    fresh = [(one, lineage_id) for one, ids in shall.items() for lineage_id in sorted(ids - current[one])]
+    # Locked: a status that changes meanwhile would be copied as it was, and stay so.
+    statuses = lock_all(tx, {lineage_id for _, lineage_id in fresh})
+    if gone:
+        tx.execute(_UNLINK, [{"policy": policy_id, "lineage": lineage_id} for policy_id, lineage_id in gone])
+    if fresh:
+        rows = [
+            {"policy_id": policy_id, "lineage_id": lineage_id, "lineage_status": statuses[lineage_id]}
+            for policy_id, lineage_id in fresh
+        ]
+        tx.execute(_LINK, rows)
+    return {lineage_id for _, lineage_id in gone + fresh}
 
 
-def wanted_among(tx: Connection, ids: Sequence[str]) -> set[str]:
-    """Return which of these a policy wants certificates for: `mode = auto` and not paused."""
-    return set(tx.execute(_WANTED, {"ids": ids}).scalars())
+_LINK = insert(policy_lineages)
+_UNLINK = delete(policy_lineages).where(
+    policy_lineages.c.policy_id == bindparam("policy"), policy_lineages.c.lineage_id == bindparam("lineage")
+)
+
+
+def wanted_among(tx: Connection, ids: Iterable[str]) -> set[str]:
+    """Return those of these lineages that a policy wants certificates for: `mode = auto` and not paused."""
+    return {row[0] for page in pages(sorted(ids)) for row in tx.execute(_WANTED_AMONG, {"ids": page})}
+
+
+_WANTED_AMONG = select(lineages.c.id).where(
+    _AMONG, exists(select(1).where(policy_lineages.c.lineage_id == lineages.c.id, *_WANTING))
+)
 
 
 _OF_LINEAGES = policy_lineages.c.lineage_id.in_(bindparam("ids", expanding=True))
-_WANTED = select(policy_lineages.c.lineage_id).where(_OF_LINEAGES, *_WANTING)
 
 
 def is_wanted(tx: Connection, lineage_id: str) -> bool:
-    """Say whether a policy wants certificates for it."""
+    """Say whether a policy wants certificates for it: `mode = auto` and not paused."""
     return bool(wanted_among(tx, [lineage_id]))
 
 
 def linked_among(tx: Connection, ids: Sequence[str]) -> set[str]:
     """Return which of these a policy names that is still there, paused or not."""
-    return set(tx.execute(_LINKED, {"ids": ids}).scalars())
+    return set(tx.execute(_STILL_LINKED, {"ids": ids}).scalars())
 
 
-_LINKED = select(policy_lineages.c.lineage_id).where(_OF_LINEAGES, tls_policies.c.id == policy_lineages.c.policy_id)
+_STILL_LINKED = select(policy_lineages.c.lineage_id).where(
+    _OF_LINEAGES, tls_policies.c.id == policy_lineages.c.policy_id
+)
 
 
 def policy_ids(tx: Connection, lineage_id: str) -> list[str]:
@@ -245,46 +267,66 @@ def policy_ids_of(tx: Connection, lineage_ids: Iterable[str]) -> dict[str | None
 
 def due(tx: Connection, now: datetime, limit: int) -> list[Lineage]:
     """Return what the scan has to look at by `now`, longest due first. Costs what is due, not what exists."""
-    query = (
-        select(*columns_of(Lineage, lineages))
-        .where(lineages.c.next_check_at <= now)
-        .order_by(lineages.c.next_check_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    return [to_value(Lineage, row) for row in tx.execute(query)]
+    return [to_value(Lineage, row) for row in tx.execute(_LOCK_DUE, {"now": now, "limit": limit})]
 
 
 def peek_due(tx: Connection, now: datetime) -> list[Lineage]:
     """Return what the scan would look at by `now`, changing and locking nothing."""
-    query = select(*columns_of(Lineage, lineages)).where(lineages.c.next_check_at <= now)
-    return [to_value(Lineage, row) for row in tx.execute(query.order_by(lineages.c.next_check_at))]
+    return [to_value(Lineage, row) for row in tx.execute(_DUE, {"now": now})]
 
 
-def place(tx: Connection, ids: list[str], now: datetime) -> list[str]:
+def is_any_due(tx: Connection, now: datetime) -> bool:
+    """Say whether the scan would look at anything."""
+    return tx.execute(_FIRST_DUE, {"now": now}).first() is not None
+
+
+_IS_DUE = lineages.c.next_check_at <= bindparam("now")
+_DUE = select(*columns_of(Lineage, lineages)).where(_IS_DUE).order_by(lineages.c.next_check_at)
+_LOCK_DUE = _DUE.limit(bindparam("limit")).with_for_update(skip_locked=True)
+_FIRST_DUE = select(lineages.c.id).where(_IS_DUE).order_by(lineages.c.next_check_at).limit(1)
+
+
+def place(tx: Connection, ids: Iterable[str], now: datetime) -> list[str]:
     """Give lineages their place in the scan: due now when newly wanted, out of it when not; return the unwanted."""
-    unwanted: list[str] = []
-    for page in pages(sorted(ids)):
-        # Locked before asking who wants them, so that of two reconciles the later one has the last word.
-        tx.execute(select(lineages.c.id).where(lineages.c.id.in_(page)).order_by(lineages.c.id).with_for_update())
-        query = select(policy_lineages.c.lineage_id).where(policy_lineages.c.lineage_id.in_(page), *_WANTING)
-        wanted = set(tx.execute(query.distinct()).scalars())
-        gone = [lineage_id for lineage_id in page if lineage_id not in wanted]
-        _set_next_check(tx, sorted(wanted), now, now)
-        _set_next_check(tx, gone, None, now)
-        unwanted += gone
-    return unwanted
+    # Locked before asking who wants them, so that of two reconciles the later one has the last word.
+    there = lock_all(tx, ids)
+    wanted = wanted_among(tx, there)
+    gone = sorted(set(there) - wanted)
+    for page in pages(sorted(wanted)):
+        tx.execute(_ENTER, {"ids": page, "now": now})
+    for page in pages(gone):
+        tx.execute(_LEAVE, {"ids": page, "now": now})
+    return gone
 
 
-def _set_next_check(tx: Connection, ids: list[str], at: datetime | None, now: datetime) -> None:
-    row = update(lineages).where(lineages.c.id.in_(ids))
-    misplaced = lineages.c.next_check_at.is_(None) if at is not None else lineages.c.next_check_at.is_not(None)
-    tx.execute(row.where(misplaced).values(next_check_at=at, updated_at=now))
+_ENTER = (
+    update(lineages)
+    .where(_AMONG, lineages.c.next_check_at.is_(None))
+    .values(next_check_at=bindparam("now"), updated_at=bindparam("now"))
+)
+_LEAVE = (
+    update(lineages)
+    .where(_AMONG, lineages.c.next_check_at.is_not(None))
+    .values(next_check_at=None, updated_at=bindparam("now"))
+)
 
 
 def set_next_check(tx: Connection, lineage_id: str, at: datetime | None, now: datetime) -> None:
     """Say when the scan looks at it next; None: not before a policy wants it again."""
-    tx.execute(update(lineages).where(lineages.c.id == lineage_id).values(next_check_at=at, updated_at=now))
+    set_next_checks(tx, {lineage_id: at}, now)
+
+
+def set_next_checks(tx: Connection, moments: Mapping[str, datetime | None], now: datetime) -> None:
+    """Say the same of many lineages, by id."""
+    if moments:
+        tx.execute(_SET_NEXT_CHECK, [{"lineage": one, "at": at, "now": now} for one, at in moments.items()])
+
+
+_SET_NEXT_CHECK = (
+    update(lineages)
+    .where(lineages.c.id == bindparam("lineage"))
+    .values(next_check_at=bindparam("at"), updated_at=bindparam("now"))
+)
 
 
 @dataclass(frozen=True, slots=True)

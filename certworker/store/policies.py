@@ -1,11 +1,11 @@
 """`tls_policies`: which names are wanted, and how they stand."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Text, bindparam, delete, exists, func, select, text, type_coerce, update
+from sqlalchemy import Connection, Select, Text, bindparam, delete, exists, func, select, text, type_coerce, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from certworker.store import audit
@@ -59,11 +59,31 @@ def find(tx: Connection, policy_id: str) -> Policy | None:
     return None if row is None else to_value(Policy, row)
 
 
-def lock(tx: Connection, policy_id: str) -> Policy | None:
-    """Return one policy, locked until the commit."""
-    query = select(*columns_of(Policy, tls_policies)).where(tls_policies.c.id == policy_id).with_for_update()
-    row = tx.execute(query).first()
-    return None if row is None else to_value(Policy, row)
+def find_all(tx: Connection, ids: list[str]) -> dict[str, Policy]:
+    """Return those of these policies that are there, by id."""
+    return _read(tx, _FIND, ids)
+
+
+def lock_all(tx: Connection, ids: list[str]) -> dict[str, Policy]:
+    """Return the same, locked until the commit."""
+    return _read(tx, _LOCK, sorted(ids))
+
+
+def _read(tx: Connection, query: Select[Any], ids: list[str]) -> dict[str, Policy]:
+    rows = [row for page in pages(ids) for row in tx.execute(query, {"ids": page})]
+    return {policy.id: policy for policy in (to_value(Policy, row) for row in rows)}
+
+
+_AMONG = tls_policies.c.id.in_(bindparam("ids", expanding=True))
+_FIND = select(*columns_of(Policy, tls_policies)).where(_AMONG)
+_LOCK = _FIND.order_by(tls_policies.c.id).with_for_update()
+
+
+def count_names(tx: Connection, ids: list[str]) -> dict[str, int]:
+    """Return how many names policies have, by id, without reading them."""
+    length = func.cardinality if tx.dialect.name == "postgresql" else func.json_array_length
+    query = select(tls_policies.c.id, length(tls_policies.c.domains)).where(_AMONG)
+    return {row[0]: row[1] for page in pages(ids) for row in tx.execute(query, {"ids": page})}
 
 
 def list_all(tx: Connection, *, after: str = "", limit: int = 1000) -> list[Policy]:
@@ -72,6 +92,12 @@ def list_all(tx: Connection, *, after: str = "", limit: int = 1000) -> list[Poli
     if after:
         query = query.where(tls_policies.c.id > after)
     return [to_value(Policy, row) for row in tx.execute(query)]
+
+
+def list_ids(tx: Connection, *, after: str = "", limit: int = 1000) -> list[str]:
+    """Return the ids of a page of policies, those after `after`."""
+    query = select(tls_policies.c.id).order_by(tls_policies.c.id).limit(limit)
+    return list(tx.execute(query.where(tls_policies.c.id > after) if after else query).scalars())
 
 
 def wanting(tx: Connection, dns_name: str) -> list[Policy]:
@@ -95,11 +121,18 @@ def remove(tx: Connection, policy_id: str) -> bool:
     return tx.execute(delete(tls_policies).where(tls_policies.c.id == policy_id)).rowcount == 1
 
 
-def record_refused(tx: Connection, policy_id: str, refused: list[dict[str, str]], now: datetime) -> None:
-    """Keep which of the wanted names cannot be ordered, and why."""
-    tx.execute(
-        update(tls_policies).where(tls_policies.c.id == policy_id).values(refused_names=refused or None, updated_at=now)
-    )
+def record_refused(tx: Connection, refused: Mapping[str, list[dict[str, str]]], now: datetime) -> None:
+    """Keep which of the wanted names of policies cannot be ordered, and why, by policy id."""
+    rows = [{"policy_id": policy_id, "refused": said or None, "now": now} for policy_id, said in refused.items()]
+    if rows:
+        tx.execute(_SET_REFUSED, rows)
+
+
+_SET_REFUSED = (
+    update(tls_policies)
+    .where(tls_policies.c.id == bindparam("policy_id"))
+    .values(refused_names=bindparam("refused"), updated_at=bindparam("now"))
+)
 
 
 def refresh_status(tx: Connection, policy_id: str, now: datetime) -> str | None:
@@ -132,7 +165,6 @@ class _Standing:
     refused_names: list[dict[str, str]] | None
 
 
-_AMONG = tls_policies.c.id.in_(bindparam("ids", expanding=True))
 _LOCK_STANDINGS = (
     select(*columns_of(_Standing, tls_policies)).where(_AMONG).order_by(tls_policies.c.id).with_for_update()
 )

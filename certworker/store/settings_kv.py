@@ -1,6 +1,6 @@
 """Small facts the program remembers about itself, by name."""
 
-from sqlalchemy import Connection, delete, inspect, select
+from sqlalchemy import Connection, bindparam, delete, inspect, select
 
 from certworker.store.rows import insert_new, put_row
 from certworker.store.tables import settings_kv
@@ -33,6 +33,16 @@ def is_there(tx: Connection) -> bool:
 def find(tx: Connection, key: str) -> str | None:
     """Return what is remembered under `key`."""
     return tx.execute(select(settings_kv.c.value).where(settings_kv.c.key == key)).scalar()
+
+
+def find_all(tx: Connection, *keys: str) -> dict[str, str]:
+    """Return what is remembered under these keys; those without anything are left out."""
+    return {row[0]: row[1] for row in tx.execute(_FIND_ALL, {"keys": keys})}
+
+
+_FIND_ALL = select(settings_kv.c.key, settings_kv.c.value).where(
+    settings_kv.c.key.in_(bindparam("keys", expanding=True))
+)
 
 
 def put(tx: Connection, key: str, value: str) -> None:

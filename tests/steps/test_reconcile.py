@@ -1,10 +1,13 @@
 """What other programs write is taken over: policies, certificates, deletions, changed settings."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from certworker.core.certificate import read_leaf
 from certworker.core.issuance import State
@@ -12,8 +15,10 @@ from certworker.steps.expire import expire
 from certworker.steps.reconcile import SWEEP, reconcile
 from certworker.steps.scan import scan
 from certworker.store import certificates, policies
-from certworker.store.database import Database
+from certworker.store.database import Database, open_database
 from certworker.store.lineages import Issuer
+from tests.store.given import url_of
+from tests.store.plans import statements
 
 from .world import World
 
@@ -187,13 +192,13 @@ def test_the_first_look_takes_each_row_once(world: World) -> None:
 
 def test_what_was_taken_over_does_not_wait_for_the_rest(world: World) -> None:
     """Thousands may be new: what the first of them want is queued while the others are still noted."""
-    for number in range(120):
+    for number in range(450):
         world.add_policy(f"n{number}.test")
     left: list[int] = []
 
     reconcile(world.db, world.clock, world.wanted, world.sealer, taken=lambda: left.append(world.count("changes")))
 
-    assert left == [70, 20, 0]
+    assert left == [250, 50, 0]
 
 
 def test_the_sweep_finds_what_no_note_tells(world: World) -> None:
@@ -383,3 +388,68 @@ def test_a_row_that_cannot_be_read_holds_up_no_other(sqlite_db: Database) -> Non
     assert world.policy_status(good) == "active"
     assert world.rows(f"SELECT status FROM certificates WHERE id = '{CERTIFICATE}'") == [("error",)]
     assert world.policy_status(POLICY) == "error"
+
+
+def test_a_page_of_policies_costs_few_statements(world: World) -> None:
+    """Whatever number of them: 200 here, in one transaction."""
+    ids = [world.add_policy(f"n{number}.test") for number in range(200)]
+    with statements(world.db) as sent:
+        assert reconcile(world.db, world.clock, world.wanted, world.sealer) == 200
+
+    assert len(sent) <= 40
+    assert {world.policy_status(policy_id) for policy_id in ids} == {"pending"}
+    assert world.rows("SELECT count(*) FROM lineages WHERE next_check_at IS NOT NULL") == [(200,)]
+
+
+def test_a_look_at_nothing_writes_nothing(world: World) -> None:
+    """It is taken every second, and on SQLite whoever writes waits for each other."""
+    world.issue("a.test")
+    reconcile(world.db, world.clock, world.wanted, world.sealer)
+    with statements(world.db) as sent:
+        assert reconcile(world.db, world.clock, world.wanted, world.sealer) == 0
+
+    assert len(sent) <= 4
+    assert all(one.startswith("SELECT") and "FOR UPDATE" not in one for one in sent)
+
+
+def test_a_page_ends_where_it_would_lock_too_much(world: World) -> None:
+    """Policies of many names are taken in transactions of their own."""
+    for policy in range(3):
+        world.add_policy(*[f"n{number}.p{policy}.test" for number in range(1500)])
+    world.add_policy("last.test")
+    left: list[int] = []
+
+    reconcile(world.db, world.clock, world.wanted, world.sealer, taken=lambda: left.append(world.count("changes")))
+
+    assert left == [3, 2, 0]
+
+
+def test_a_policy_that_changes_meanwhile_is_taken_again(postgresql_db: Database, second: Database) -> None:
+    """It was read before it was locked; the others of its page are not held up."""
+    world = World(postgresql_db)
+    insert_policy(world, ["a.test"])
+    other = world.add_policy("other.test")
+
+    locking: list[str] = []
+
+    def change(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT lineages") and "FOR UPDATE" in statement and not locking:
+            locking.append(statement)
+            World(second).execute("UPDATE tls_policies SET domains = '{b.test}' WHERE id = :id", id=POLICY)
+
+    event.listen(world.db.engine, "before_cursor_execute", change)
+    looks: list[str] = []
+    reconcile(world.db, world.clock, world.wanted, world.sealer, taken=lambda: looks.append(world.policy_status(other)))
+
+    assert world.lineage("a.test").next_check_at is None
+    assert world.lineage("b.test").next_check_at is not None
+    assert world.lineage("other.test").next_check_at is not None
+    assert len(looks) == 2
+
+
+@pytest.fixture
+def second(postgresql_db: Database) -> Iterator[Database]:
+    """The same database with connections of its own."""
+    second = open_database(url_of(postgresql_db))
+    yield second
+    second.close()

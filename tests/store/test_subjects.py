@@ -138,7 +138,7 @@ def test_a_policy_stands_as_its_worst_name(db: Database, stand: tuple[str, ...])
 
     def link(tx: Connection) -> None:
         ids = [add_lineage(tx, [name]) for name in names]
-        lineages.link(tx, policy_id, ids)
+        lineages.link(tx, {policy_id: ids})
         for lineage_id, status in zip(ids, stand, strict=True):
             lineages.record_status(tx, lineage_id, status, NOW)
 
@@ -164,7 +164,7 @@ def test_many_policies_are_brought_up_to_date_together(db: Database) -> None:
     ids = [db.write(lambda tx, name=name: policies.add(tx, [name], NOW)) for name in names]
     manual = db.write(lambda tx: policies.add(tx, ["m.test"], NOW, mode="manual"))
     for policy_id, name in zip(ids, names, strict=True):
-        db.write(lambda tx, p=policy_id, n=name: lineages.link(tx, p, [add_lineage(tx, [n])]))
+        db.write(lambda tx, p=policy_id, n=name: lineages.link(tx, {p: [add_lineage(tx, [n])]}))
     failed = db.read(lambda tx: lineages.naming(tx, names[0]))[0].id
     db.write(lambda tx: tx.execute(update(policy_lineages).values(lineage_status="active")))
     with statements(db) as sent:
@@ -182,21 +182,21 @@ def test_many_policies_are_brought_up_to_date_together(db: Database) -> None:
 def test_a_refused_name_is_an_error_whatever_serves(db: Database, lineage_id: str) -> None:
     """The audit row gives the reason."""
     policy_id = db.write(lambda tx: policies.add(tx, ["a.test", "a..b"], NOW))
-    db.write(lambda tx: lineages.link(tx, policy_id, [lineage_id]))
+    db.write(lambda tx: lineages.link(tx, {policy_id: [lineage_id]}))
     db.write(lambda tx: lineages.record_status(tx, lineage_id, "active", NOW))
     refused = [{"value": "a..b", "rule": "an empty label"}]
-    db.write(lambda tx: policies.record_refused(tx, policy_id, refused, NOW))
+    db.write(lambda tx: policies.record_refused(tx, {policy_id: refused}, NOW))
 
     assert db.write(lambda tx: policies.refresh_status(tx, policy_id, NOW)) == "error"
     assert flips(db)[-1] == ("policy.error", {"status": "active"}, {"status": "error", "reason": refused})
-    db.write(lambda tx: policies.record_refused(tx, policy_id, [], NOW))
+    db.write(lambda tx: policies.record_refused(tx, {policy_id: []}, NOW))
     assert db.write(lambda tx: policies.refresh_status(tx, policy_id, NOW)) == "active"
 
 
 def test_a_failed_renewal_leaves_its_policy_active(db: Database, lineage_id: str) -> None:
     """While a valid certificate serves; a failed first issuance does not."""
     policy_id = db.write(lambda tx: policies.add(tx, ["a.test"], NOW))
-    db.write(lambda tx: lineages.link(tx, policy_id, [lineage_id]))
+    db.write(lambda tx: lineages.link(tx, {policy_id: [lineage_id]}))
     error = {"class": "validation", "type": "x", "detail": "y"}
 
     def fail(tx: Connection) -> None:
@@ -303,9 +303,9 @@ def test_linking_says_what_changed(db: Database) -> None:
     policy_id = db.write(lambda tx: policies.add(tx, ["a", "b", "c"], NOW))
     db.write(lambda tx: lineages.record_status(tx, b, "error", NOW))
 
-    assert sorted(db.write(lambda tx: lineages.link(tx, policy_id, [a, b]))) == sorted([a, b])
-    assert db.write(lambda tx: lineages.link(tx, policy_id, [b, a])) == []
-    assert db.write(lambda tx: lineages.link(tx, policy_id, [b, c])) == [a, c]
+    assert db.write(lambda tx: lineages.link(tx, {policy_id: [a, b]})) == {a, b}
+    assert db.write(lambda tx: lineages.link(tx, {policy_id: [b, a]})) == set()
+    assert db.write(lambda tx: lineages.link(tx, {policy_id: [b, c]})) == {a, c}
     assert {lineage.id for lineage in db.read(lambda tx: lineages.of_policy(tx, policy_id))} == {b, c}
     copies = select(policy_lineages.c.lineage_id, policy_lineages.c.lineage_status)
     assert dict(db.read(lambda tx: tx.execute(copies).all())) == {b: "error", c: "pending"}
@@ -323,9 +323,9 @@ def test_a_lineage_is_wanted_by_an_unpaused_automatic_policy(db: Database, linea
         return bool(listed)
 
     assert not wanted()
-    db.write(lambda tx: lineages.link(tx, manual, [lineage_id]))
+    db.write(lambda tx: lineages.link(tx, {manual: [lineage_id]}))
     assert not wanted()
-    db.write(lambda tx: lineages.link(tx, auto, [lineage_id]))
+    db.write(lambda tx: lineages.link(tx, {auto: [lineage_id]}))
     assert wanted()
     db.write(lambda tx: policies.set_paused(tx, auto, NOW, NOW))
     assert not wanted()
@@ -399,7 +399,7 @@ def test_a_certificate_is_served_when_it_is_proved_to_be(db: Database, lineage_i
 def test_a_lineage_forgets_a_certificate_that_is_gone(db: Database, lineage_id: str) -> None:
     """Its policies wait again."""
     policy_id = db.write(lambda tx: policies.add(tx, ["a.test"], NOW))
-    db.write(lambda tx: lineages.link(tx, policy_id, [lineage_id]))
+    db.write(lambda tx: lineages.link(tx, {policy_id: [lineage_id]}))
     certificate_id = activate(db, lineage_id)
     assert db.read(lambda tx: lineages.having_certificate(tx, certificate_id)) == lineage_id
 
@@ -413,7 +413,7 @@ def test_a_lineage_forgets_a_certificate_that_is_gone(db: Database, lineage_id: 
 def test_names_go_with_their_lineage(db: Database, lineage_id: str) -> None:
     """Nothing of a deleted lineage is left in our tables."""
     db.write(lambda tx: issuances.queue(tx, lineage_id, "first", NOW))
-    db.write(lambda tx: lineages.link(tx, POLICY, [lineage_id]))
+    db.write(lambda tx: lineages.link(tx, {POLICY: [lineage_id]}))
 
     db.write(lambda tx: tx.execute(delete(lineage_rows)))
 
@@ -813,7 +813,7 @@ def test_the_newest_audit_row_comes_first(db: Database) -> None:
 def test_counts_and_rows_for_a_report(db: Database, lineage_id: str) -> None:
     """What `status` and the metrics show."""
     policy_id = db.write(lambda tx: policies.add(tx, ["a.test"], NOW))
-    db.write(lambda tx: lineages.link(tx, policy_id, [lineage_id]))
+    db.write(lambda tx: lineages.link(tx, {policy_id: [lineage_id]}))
     db.write(lambda tx: issuances.queue(tx, lineage_id, "first", NOW))
     activate(db, lineage_id)
 
