@@ -20,7 +20,7 @@ from certworker.steps import scan
 from certworker.store import certificates, issuances, lineages, policies
 from certworker.store.database import Database
 from certworker.store.issuances import Issuance
-from certworker.store.lineages import Lineage
+from certworker.store.lineages import LeftOut, Lineage
 
 _PAGE = 500
 
@@ -186,59 +186,66 @@ def _request(
     db: Database, clock: Clock, found: list[Lineage], *, force: bool, dry_run: bool, named: bool = False
 ) -> Request:
     now = clock()
-    asked = Request()
+    ids = [lineage.id for lineage in found]
 
-    def queue_all(tx: Connection) -> None:
-        asked.tickets.clear()
-        asked.would_renew.clear()
-        asked.unchanged = 0
-        for lineage in found:
-            if not dry_run:
-                lineages.lock(tx, lineage.id)  # the service's scan may be about to queue it
-            decision = _decide(tx, lineage, now, force=force, named=named, dry_run=dry_run)
-            _request_one(tx, lineage, asked, now, decision, dry_run=dry_run)
+    def look(tx: Connection) -> _Look:
+        left_out = scan.names_left_out(tx, found)
+        decisions = {one.id: _decide(one, left_out.get(one.id, []), now, force=force, named=named) for one in found}
+        return _Look(decisions, issuances.find_open_all(tx, ids), list(left_out) if force or named else [])
 
-    if dry_run:
-        db.read(queue_all)
-    else:
-        db.write(queue_all)
-    return asked
+    def preview(tx: Connection) -> Request:
+        seen = look(tx)
+        due = [one for one in found if seen.is_due(one.id)]
+        would_renew: list[tuple[str, str]] = [(one.dns_names[0], seen.reason(one.id)) for one in due]
+        return Request(would_renew=would_renew, unchanged=len(found) - len(due))
+
+    def queue(tx: Connection) -> Request:
+        lineages.lock_all(tx, ids)  # the service's scan may be about to queue them
+        seen = look(tx)
+        for lineage_id in seen.lacking:
+            lineages.probe_now(tx, lineage_id, now)
+        for issuance in seen.open_ones.values():
+            _hurry(tx, issuance, now)
+        due = [one for one in found if seen.is_due(one.id)]
+        fresh = [one for one in due if one.id not in seen.open_ones]
+        queued = scan.queue(tx, fresh, {one.id: seen.reason(one.id) for one in fresh}, now)
+        queued |= {lineage_id: issuance.id for lineage_id, issuance in seen.open_ones.items()}
+        tickets = [Ticket(one.id, tuple(one.dns_names), queued[one.id]) for one in due]
+        return Request(tickets, unchanged=len(found) - len(due))
+
+    return db.read(preview) if dry_run else db.write(queue)
 
 
-def _decide(tx: Connection, lineage: Lineage, now: datetime, *, force: bool, named: bool, dry_run: bool) -> Decision:
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What is found of lineages that a person asks for, by lineage id."""
+
+    decisions: dict[str, Decision]
+    open_ones: dict[str, Issuance]
+    lacking: list[str]
+    """Those whose next order is to have the names too that were left out."""
+
+    def is_due(self, lineage_id: str) -> bool:
+        return lineage_id in self.open_ones or isinstance(self.decisions[lineage_id], Renew)
+
+    def reason(self, lineage_id: str) -> Reason:
+        decision = self.decisions[lineage_id]
+        return decision.reason if isinstance(decision, Renew) else Reason.FORCED
+
+
+def _decide(lineage: Lineage, left_out: list[LeftOut], now: datetime, *, force: bool, named: bool) -> Decision:
     """Decide as the scan does, but for what a person asked: all, or every name of a certificate that lacks some."""
-    decision = scan.decide(tx, lineage, now)
-    if (force or named) and lineages.left_out(tx, lineage.id):
-        if not dry_run:
-            lineages.probe_now(tx, lineage.id, now)
-        return decision if isinstance(decision, Renew) else Renew(Reason.NAMES_MISSING)
-    return Renew(Reason.FORCED) if force and not isinstance(decision, Renew) else decision
-
-
-def _request_one(
-    tx: Connection, lineage: Lineage, asked: Request, now: datetime, decision: Decision, *, dry_run: bool
-) -> None:
-    open_one = issuances.find_open(tx, lineage.id)
-    if open_one is None and not isinstance(decision, Renew):
-        asked.unchanged += 1
-        return
-    reason = decision.reason if isinstance(decision, Renew) else Reason.FORCED
-    if dry_run:
-        asked.would_renew.append((lineage.dns_names[0], reason))
-        return
-    if open_one is not None:
-        _hurry(tx, open_one, now)
-        issuance_id = open_one.id
-    else:
-        queued = scan.queue(tx, lineage, reason, now)
-        assert queued is not None, "there is no open one"
-        issuance_id = queued
-    asked.tickets.append(Ticket(lineage.id, tuple(lineage.dns_names), issuance_id))
+    decision = scan.decide(lineage, left_out, now)
+    if isinstance(decision, Renew):
+        return decision
+    if (force or named) and left_out:
+        return Renew(Reason.NAMES_MISSING)
+    return Renew(Reason.FORCED) if force else decision
 
 
 def _hurry(tx: Connection, issuance: Issuance, now: datetime) -> None:
     """A person asked: do not wait out our own back-off. The CA's wish to wait and the rate ledger stand."""
-    if issuance.error is None or issuance.error.get("asked_by") is None:
+    if issuance.attempt_at > now and (issuance.error is None or issuance.error.get("asked_by") is None):
         issuances.bring_forward(tx, issuance.id, now)
 
 

@@ -8,7 +8,7 @@ has moved on raises LeaseLost. What is *due* is the injected clock's.
 it wrote before; a function that writes more than the issuance asks `find_recorded` first.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -30,7 +30,7 @@ from sqlalchemy import (
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
-from certworker.store.rows import columns_of, insert_new, new_id, pages, to_value
+from certworker.store.rows import columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import OPEN_STATE, issuances, lineages, policy_lineages
 from certworker.store.types import db_now, seconds_from_now
 
@@ -93,17 +93,41 @@ class Issuance:
 
 def queue(tx: Connection, lineage_id: str, reason: str, now: datetime, *, urgent: bool = False) -> str | None:
     """Insert an issuance that waits to be claimed; return its id, None if one is open already."""
-    issuance_id = new_id()
-    queued = insert_new(
-        tx, issuances, id=issuance_id, lineage_id=lineage_id, reason=reason, state=State.QUEUED,
-        state_at=now, attempt_at=now, created_at=now, urgent=urgent,
-    )  # fmt: skip
-    return issuance_id if queued else None
+    return queue_all(tx, {lineage_id: reason}, now, urgent={lineage_id} if urgent else ()).get(lineage_id)
 
 
-def mark_urgent(tx: Connection, lineage_id: str) -> None:
-    """Let the open issuance of a lineage, if there is one, go first from now on."""
-    tx.execute(update(issuances).where(issuances.c.lineage_id == lineage_id, _OPEN).values(urgent=True))
+def queue_all(
+    tx: Connection, reasons: Mapping[str, str], now: datetime, *, urgent: Collection[str] = ()
+) -> dict[str, str]:
+    """Insert an issuance for each of these lineages; return their ids, both by lineage id.
+
+    Where one is open already nothing is queued, and nothing returned.
+    """
+    if not reasons:
+        return {}
+    at = {"state": State.QUEUED, "state_at": now, "attempt_at": now, "created_at": now}
+    rows = [
+        {"id": new_id(), "lineage_id": lineage_id, "reason": reason, "urgent": lineage_id in urgent, **at}
+        for lineage_id, reason in reasons.items()
+    ]
+    insert_new_all(tx, issuances, rows)
+    ours = {row["id"] for row in rows}
+    return {one: issuance_id for one, issuance_id in _open_ids(tx, reasons).items() if issuance_id in ours}
+
+
+def mark_urgent(tx: Connection, lineage_ids: Iterable[str]) -> None:
+    """Let the open issuances of these lineages, if there are, go first from now on."""
+    for page in pages(sorted(lineage_ids)):
+        tx.execute(_MARK_URGENT, {"ids": page})
+
+
+def _open_ids(tx: Connection, lineage_ids: Iterable[str]) -> dict[str, str]:
+    return {row[0]: row[1] for page in pages(sorted(lineage_ids)) for row in tx.execute(_OPEN_IDS, {"ids": page})}
+
+
+_OF_LINEAGES = issuances.c.lineage_id.in_(bindparam("ids", expanding=True))
+_OPEN_IDS = select(issuances.c.lineage_id, issuances.c.id).where(_OF_LINEAGES, _OPEN)
+_MARK_URGENT = update(issuances).where(_OF_LINEAGES, _OPEN).values(urgent=True)
 
 
 def find(tx: Connection, issuance_id: str) -> Issuance | None:
@@ -117,6 +141,15 @@ def find_open(tx: Connection, lineage_id: str) -> Issuance | None:
     query = select(*columns_of(Issuance, issuances)).where(issuances.c.lineage_id == lineage_id, _OPEN)
     row = tx.execute(query).first()
     return None if row is None else to_value(Issuance, row)
+
+
+def find_open_all(tx: Connection, lineage_ids: Iterable[str]) -> dict[str, Issuance]:
+    """Return the open issuances of these lineages, by lineage id."""
+    rows = [row for page in pages(sorted(lineage_ids)) for row in tx.execute(_FIND_OPEN, {"ids": page})]
+    return {one.lineage_id: one for one in (to_value(Issuance, row) for row in rows)}
+
+
+_FIND_OPEN = select(*columns_of(Issuance, issuances)).where(_OF_LINEAGES, _OPEN)
 
 
 def list_open(tx: Connection, directory_url: str | None = None) -> list[tuple[Issuance, list[str]]]:

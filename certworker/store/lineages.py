@@ -275,15 +275,9 @@ def peek_due(tx: Connection, now: datetime) -> list[Lineage]:
     return [to_value(Lineage, row) for row in tx.execute(_DUE, {"now": now})]
 
 
-def is_any_due(tx: Connection, now: datetime) -> bool:
-    """Say whether the scan would look at anything."""
-    return tx.execute(_FIRST_DUE, {"now": now}).first() is not None
-
-
 _IS_DUE = lineages.c.next_check_at <= bindparam("now")
 _DUE = select(*columns_of(Lineage, lineages)).where(_IS_DUE).order_by(lineages.c.next_check_at)
 _LOCK_DUE = _DUE.limit(bindparam("limit")).with_for_update(skip_locked=True)
-_FIRST_DUE = select(lineages.c.id).where(_IS_DUE).order_by(lineages.c.next_check_at).limit(1)
 
 
 def place(tx: Connection, ids: Iterable[str], now: datetime) -> list[str]:
@@ -397,12 +391,16 @@ def left_out_among(tx: Connection, ids: list[str]) -> dict[str, list[LeftOut]]:
     """Return the same for many lineages, by id; those that lack nothing are not in it."""
     found: dict[str, list[LeftOut]] = {}
     for page in pages(ids):
-        query = select(lineage_names.c.lineage_id, *columns_of(LeftOut, lineage_names)).where(
-            lineage_names.c.lineage_id.in_(page), lineage_names.c.left_out_at.is_not(None)
-        )
-        for row in tx.execute(query.order_by(lineage_names.c.dns_name)):
+        for row in tx.execute(_LEFT_OUT_AMONG, {"ids": page}):
             found.setdefault(row[0], []).append(LeftOut(*row[1:]))
     return found
+
+
+_LEFT_OUT_AMONG = (
+    select(lineage_names.c.lineage_id, *columns_of(LeftOut, lineage_names))
+    .where(lineage_names.c.lineage_id.in_(bindparam("ids", expanding=True)), lineage_names.c.left_out_at.is_not(None))
+    .order_by(lineage_names.c.dns_name)
+)
 
 
 def leave_out(tx: Connection, lineage_id: str, names: list[LeftOut], now: datetime) -> None:
