@@ -9,10 +9,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -26,16 +28,20 @@ from certworker.steps.gate import incident
 from certworker.steps.publish import publish_changes
 from certworker.steps.reconcile import reconcile
 from certworker.steps.refresh_ari import refresh_ari
-from certworker.steps.renew import Outcome, Request, Ticket, outcome, request
+from certworker.steps.renew import Outcome, Request, Ticket, outcomes, request
 from certworker.steps.session import Bench, Session
 from certworker.steps.verify import unlisted, verify
 from certworker.store import issuances, nodes, workers
+from certworker.store.database import Transaction
 from certworker.store.issuances import Standing
 from certworker.store.rows import new_id
 from certworker.wiring import App
 
 _LOOK = 0.2
-"""Seconds between two looks at the rows we wait for."""
+"""Seconds between two looks at what has become of the tickets."""
+_LOOK_AT_ALL = 2.0
+"""Seconds between two looks at all of them while our own crew tells of those that end."""
+_PAGE = 500
 _TAKE_OVER = 2.0
 """Seconds between two tries to take the place of a service."""
 
@@ -114,37 +120,53 @@ def renew(
     if asked.tickets:
         # Whoever asks has mended what the CA refused our account for, or wants to know.
         parts.make_gate(app, new_id()).resume()
-        result.outcomes = _Wait(app, asked, deadline, watch or Watcher()).until_done()
+        only = [ticket.issuance_id for ticket in asked.tickets] if names else None
+        result.outcomes = _Wait(app, asked, only, deadline, watch or Watcher()).until_done()
     return result
 
 
-def _ask_when_to_renew(app: App, deadline: float, bench: Bench | None = None) -> None:
-    """Ask the CA about certificates that it is time for, because no service does (RFC 9773); not past the deadline."""
-    used = bench or parts.make_bench(app, new_id(), lambda _: None)
-    used.gate.refresh()
+def _ask_when_to_renew(app: App, deadline: float) -> None:
+    """Ask the CA about certificates that it is time for, because no service does (RFC 9773); not past the deadline.
+
+    That includes what the last run got: what a new certificate's window is, nobody has to know before.
+    """
+    bench = parts.make_bench(app, new_id(), lambda _: None)
+    bench.gate.refresh()
     refresh_ari(
-        app.db, used.client, app.clock, used.draw, lambda: time.monotonic() < deadline,
-        closed=lambda: used.gate.closed_until() is not None,
-        trouble=lambda failure: used.gate.failed(failure, ""),
+        app.db, bench.client, app.clock, bench.draw, lambda: time.monotonic() < deadline,
+        closed=lambda: bench.gate.closed_until() is not None,
+        trouble=lambda failure: bench.gate.failed(failure, ""),
     )  # fmt: skip
 
 
 class _Wait:
     """Waits for tickets; works on them itself while nobody else does."""
 
-    def __init__(self, app: App, asked: Request, deadline: float, watch: Watcher) -> None:
+    def __init__(self, app: App, asked: Request, only: list[str] | None, deadline: float, watch: Watcher) -> None:
+        """Wait for what was `asked`; work on the issuances `only`, None for all that are open."""
         self._app = app
+        self._only = only
         self._tickets = asked.tickets
+        self._open = {ticket.issuance_id: ticket for ticket in asked.tickets}
+        """By issuance: what is not known to have ended."""
+        self._unserved: dict[str, Ticket] = {}
+        """Renewed, and not served by every node yet."""
+        self._told: deque[str] = deque()
+        """Issuances that our own crew says have ended, since the last look."""
         self._deadline = deadline
         self._watch = watch
         self._scopes = Scopes()
-        self._told: dict[str, str] = {}
+        self._reached: dict[str, str] = {}
         self._ended: dict[str, Outcome] = {}
         self._stack = ExitStack()
         self._node: EmbeddedNode | None = None
         self._bench: Bench | None = None
         """What we work with; None while somebody else does."""
+        self._crew: Crew | None = None
         self._try_at = 0.0
+        self._look_at_all_at = 0.0
+        self._heartbeat: datetime | None = None
+        """The newest one when it was last looked what the nodes prove."""
         self._wake = threading.Event()
 
     def until_done(self) -> list[Outcome]:
@@ -156,40 +178,77 @@ class _Wait:
                     break
                 self._wake.wait(_LOOK)
                 self._wake.clear()
-            if self._bench is not None:
-                _ask_when_to_renew(self._app, self._deadline, self._bench)
-            return [self._ended.get(ticket.issuance_id) or self._ask(ticket) for ticket in self._tickets]
+            rest = self._ask([ticket for ticket in self._tickets if ticket.issuance_id not in self._ended])
+            ended = self._ended | {one.ticket.issuance_id: one for one in rest}
+            return [ended[ticket.issuance_id] for ticket in self._tickets]
 
     def _look(self) -> bool:
         """Note what has happened since; say whether nothing more will before the deadline."""
-        if self._bench is not None:
-            self._bench.gate.refresh()
-            self._bench.gate.probe(self._bench.client)
-            reconcile(
-                self._app.db, self._app.clock, self._app.wanted, self._app.sealer,
-                thumbprint=self._bench.accounts.thumbprint,
-            )  # fmt: skip
-            verify(self._app.db, self._app.clock, self._scopes, self._app.settings.node_silent)
-        waiting = [ticket for ticket in self._tickets if ticket.issuance_id not in self._ended]
-        ids = [ticket.issuance_id for ticket in waiting]
-        still_open = self._app.db.read(lambda tx: issuances.standings(tx, ids))
-        for ticket in waiting:
-            standing = still_open.get(ticket.issuance_id)
-            if standing is not None:
-                self._tell(ticket, standing)
-            elif _is_final(found := self._ask(ticket)):
-                self._ended[ticket.issuance_id] = found
-                self._watch.ended(found)
-        unserved = len(waiting) - len(still_open) - sum(t.issuance_id in self._ended for t in waiting)
-        if unserved or any(standing.leased for standing in still_open.values()):
+        at_all = self._is_time_to_look_at_all()
+        proved = self._tend(at_all) if self._bench is not None else 0
+        told = {self._told.popleft() for _ in range(len(self._told))}
+        standings = self._look_at_all() if at_all else None
+        ended = [t for one, t in self._open.items() if one in told or (standings is not None and one not in standings)]
+        unserved = list(self._unserved.values()) if at_all or proved else []
+        self._settle(ended + unserved)
+        if not self._open and not self._unserved:
+            return True
+        return standings is not None and not self._unserved and self._is_all_put_off(standings.values())
+
+    def _is_time_to_look_at_all(self) -> bool:
+        """Say whether to ask how every ticket stands: seldom, while our own crew is at work and tells what ends."""
+        now = time.monotonic()
+        if self._crew is not None and self._crew.in_flight and now < self._look_at_all_at:
             return False
-        return self._is_closed() or all(self._is_too_late(standing.attempt_at) for standing in still_open.values())
+        self._look_at_all_at = now + _LOOK_AT_ALL
+        return True
+
+    def _tend(self, at_all: bool) -> int:
+        """Do what a service does besides issuing; return how many certificates have been proved to be served."""
+        app, bench = self._app, self._bench
+        assert bench is not None, "we work ourselves"
+        bench.gate.refresh()
+        bench.gate.probe(bench.client)
+        reconcile(app.db, app.clock, app.wanted, app.sealer, thumbprint=bench.accounts.thumbprint)
+        silent = app.settings.node_silent
+        heartbeat = app.db.read(lambda tx: nodes.newest_heartbeat(tx, silent))
+        if heartbeat is None or (heartbeat == self._heartbeat and not at_all):
+            return 0
+        self._heartbeat = heartbeat
+        return verify(app.db, app.clock, self._scopes, silent)
+
+    def _look_at_all(self) -> dict[str, Standing]:
+        """Return how far the tickets are that have not ended, by issuance."""
+        standings = self._app.db.read(lambda tx: issuances.standings(tx, list(self._open)))
+        for issuance_id, standing in standings.items():
+            self._tell(self._open[issuance_id], standing)
+        return standings
+
+    def _settle(self, tickets: list[Ticket]) -> None:
+        """Find out what became of tickets that have ended, as far as we knew."""
+        for found in self._ask(tickets):
+            issuance_id = found.ticket.issuance_id
+            if found.result == "waiting":
+                continue
+            self._open.pop(issuance_id, None)
+            if _is_final(found):
+                self._unserved.pop(issuance_id, None)
+                self._ended[issuance_id] = found
+                self._watch.ended(found)
+            else:
+                self._unserved[issuance_id] = found.ticket
 
     def _tell(self, ticket: Ticket, standing: Standing) -> None:
         """Say how far a ticket is that somebody else works on; our own crew tells by itself."""
-        if self._bench is None and self._told.get(ticket.issuance_id) != standing.state:
-            self._told[ticket.issuance_id] = standing.state
+        if self._bench is None and self._reached.get(ticket.issuance_id) != standing.state:
+            self._reached[ticket.issuance_id] = standing.state
             self._watch.reached(ticket, standing.state)
+
+    def _is_all_put_off(self, standings: Collection[Standing]) -> bool:
+        """Say whether nothing of this is tried again until we have stopped waiting."""
+        if any(standing.leased for standing in standings):
+            return False
+        return self._is_closed() or all(self._is_too_late(standing.attempt_at) for standing in standings)
 
     def _is_closed(self) -> bool:
         """Say whether the CA is asked for nothing until we have stopped waiting."""
@@ -205,18 +264,20 @@ class _Wait:
         url = self._app.settings.acme_directory_url
         return self._app.db.read(lambda tx: incident(tx, url, self._app.clock()))
 
-    def _ask(self, ticket: Ticket) -> Outcome:
-        """Return how a ticket stands; one that only waits for the CA has the CA's trouble for a reason."""
-        found = outcome(self._app.db, ticket, has_nodes=self._has_nodes() and not self._is_unlisted(ticket))
-        if found.result == "waiting" and found.error is None and (trouble := self._incident()) is not None:
-            return replace(found, error={**(trouble["error"] or {}), "retry_at": _shown(trouble["next_attempt_at"])})
-        return found
+    def _ask(self, tickets: list[Ticket]) -> list[Outcome]:
+        """Return how tickets stand; one that only waits for the CA has the CA's trouble for a reason."""
+        pages = [tickets[start : start + _PAGE] for start in range(0, len(tickets), _PAGE)]
+        found = [one for page in pages for one in self._app.db.read(partial(self._read, page))]
+        trouble = self._incident() if any(map(_only_waits, found)) else None
+        if trouble is None:
+            return found
+        error = {**(trouble["error"] or {}), "retry_at": _shown(trouble["next_attempt_at"])}
+        return [replace(one, error=error) if _only_waits(one) else one for one in found]
 
-    def _is_unlisted(self, ticket: Ticket) -> bool:
-        return bool(self._app.db.read(lambda tx: unlisted(tx, [ticket.lineage_id], self._scopes)))
-
-    def _has_nodes(self) -> bool:
-        return bool(self._app.db.read(lambda tx: nodes.live(tx, self._app.settings.node_silent)))
+    def _read(self, tickets: list[Ticket], tx: Transaction) -> list[Outcome]:
+        ids = {ticket.lineage_id for ticket in tickets}
+        live = nodes.newest_heartbeat(tx, self._app.settings.node_silent) is not None
+        return outcomes(tx, tickets, ids - unlisted(tx, ids, self._scopes) if live else ())
 
     # -- taking the place of a service that is not there -----------------------------------------------
 
@@ -244,12 +305,14 @@ class _Wait:
                 self._app.db.write(lambda tx: issuances.free_dead_leases(tx, workers.bury_place(tx, place.name)))
 
     def _start_working(self) -> None:
-        app, only, worker_id = self._app, [ticket.issuance_id for ticket in self._tickets], new_id()
+        app, worker_id = self._app, new_id()
         self._bench = bench = parts.make_bench(app, worker_id, self._note)
         app.db.write(lambda tx: workers.enter(tx, worker_id, socket.gethostname(), os.getpid(), version("certworker")))
         self._stack.callback(app.db.write, lambda tx: workers.leave(tx, worker_id))
         expire(app.db, app.clock)
-        crew = Crew(bench, worker_id, app.settings.concurrency, only, may_order=self._can_answer, beaten=self._beaten)
+        self._crew = crew = Crew(
+            bench, worker_id, app.settings.concurrency, self._only, may_order=self._can_answer, beaten=self._beaten
+        )
         responder = parts.make_responder(app, crew.fetched)
         responder.start()
         self._stack.callback(responder.stop)
@@ -274,12 +337,18 @@ class _Wait:
         if not session.issuance.is_open:
             if self._node is not None:
                 self._node.poke()
-            self._wake.set()
+            self._told.append(session.issuance.id)
+            if len(self._told) >= len(self._open):
+                self._wake.set()  # that was the last one; the others wait for the next look
         self._watch.moved(session)
 
 
 def _shown(moment: datetime | None) -> str | None:
     return None if moment is None else moment.isoformat(timespec="seconds")
+
+
+def _only_waits(found: Outcome) -> bool:
+    return found.result == "waiting" and found.error is None
 
 
 def _is_final(found: Outcome) -> bool:

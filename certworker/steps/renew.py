@@ -4,7 +4,7 @@
 running service by rows and wait.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,9 +17,9 @@ from certworker.core.names import check_name
 from certworker.core.renewal import Decision, Reason, Renew
 from certworker.errors import UnknownName
 from certworker.steps import scan
-from certworker.store import certificates, issuances, lineages, policies
+from certworker.store import issuances, lineages, policies
 from certworker.store.database import Database
-from certworker.store.issuances import Issuance
+from certworker.store.issuances import Issuance, Result
 from certworker.store.lineages import LeftOut, Lineage
 
 _PAGE = 500
@@ -115,30 +115,24 @@ def request(
     return _request(db, clock, found, force=force, dry_run=dry_run, named=True)
 
 
-def outcome(db: Database, ticket: Ticket, *, has_nodes: bool) -> Outcome:
-    """Return how a ticket stands now."""
-
-    def look(tx: Connection) -> Outcome:
-        issuance = issuances.find(tx, ticket.issuance_id)
-        lineage = lineages.find(tx, ticket.lineage_id)
-        if issuance is None or lineage is None:
-            return Outcome(ticket, "failed", error=_CANCELLED)
-        return _judge(tx, ticket, issuance, lineage, has_nodes)
-
-    return db.read(look)
+def outcomes(tx: Connection, tickets: Sequence[Ticket], to_serve: Collection[str]) -> list[Outcome]:
+    """Return how tickets stand now, in their order; `to_serve` has the lineages that nodes are to serve."""
+    found = issuances.results(tx, [ticket.issuance_id for ticket in tickets])
+    served = lineages.served_among(tx, to_serve)
+    proved = {lineage_id: lineage_id in served for lineage_id in to_serve}
+    return [_judge(ticket, found.get(ticket.issuance_id), proved.get(ticket.lineage_id)) for ticket in tickets]
 
 
-def _judge(tx: Connection, ticket: Ticket, issuance: Issuance, lineage: Lineage, has_nodes: bool) -> Outcome:
+def _judge(ticket: Ticket, issuance: Result | None, served: bool | None) -> Outcome:
+    if issuance is None:
+        return Outcome(ticket, "failed", error=_CANCELLED)
     match State(issuance.state):
         case State.DONE:
-            ordered = issuance.dns_names or lineage.dns_names
-            served = None if not has_nodes else lineage.served_at is not None
-            certificate = certificates.find_of_lineage(tx, lineage.id)
-            expires_at = None if certificate is None else certificate.expires_at
+            ordered = issuance.dns_names or ticket.dns_names
             return Outcome(
                 ticket, "renewed", serial=issuance.serial, fingerprint=issuance.fingerprint,
-                expires_at=expires_at, served=served,
-                left_out=tuple(name for name in lineage.dns_names if name not in ordered),
+                expires_at=issuance.not_after, served=served,
+                left_out=tuple(name for name in ticket.dns_names if name not in ordered),
             )  # fmt: skip
         case State.FAILED:
             return Outcome(ticket, "failed", error=issuance.error)

@@ -184,6 +184,30 @@ def standings(tx: Connection, ids: list[str]) -> dict[str, Standing]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How an issuance stands, or how it ended."""
+
+    id: str
+    state: str
+    attempt_at: datetime
+    error: dict[str, Any] | None
+    dns_names: list[str] | None
+    serial: str | None
+    fingerprint: str | None
+    not_after: datetime | None
+    """Of the certificate that it got."""
+
+
+def results(tx: Connection, ids: list[str]) -> dict[str, Result]:
+    """Return how these issuances stand, by id."""
+    found = [Result(*row) for page in pages(ids) for row in tx.execute(_RESULTS, {"ids": page})]
+    return {one.id: one for one in found}
+
+
+_RESULTS = select(*columns_of(Result, issuances)).where(issuances.c.id.in_(bindparam("ids", expanding=True)))
+
+
 def history(tx: Connection, lineage_id: str, limit: int = 20) -> list[Issuance]:
     """Return a lineage's newest issuances, newest first."""
     query = (

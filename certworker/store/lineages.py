@@ -554,6 +554,14 @@ def unserved_among(tx: Connection, ids: list[str]) -> dict[str, Unserved]:
     return {row[0]: Unserved(*row) for row in found}
 
 
+def served_among(tx: Connection, ids: Iterable[str]) -> set[str]:
+    """Return those of these lineages that every live node had proved to serve."""
+    return {row[0] for page in pages(sorted(ids)) for row in tx.execute(_SERVED_AMONG, {"ids": page})}
+
+
+_SERVED_AMONG = select(lineages.c.id).where(_AMONG, lineages.c.served_at.is_not(None))
+
+
 _UNSERVED = (
     select(
         lineages.c.id,

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, literal, select, update
+from sqlalchemy import Connection, Integer, Select, bindparam, delete, func, literal, select, update
 
 from certworker.core.rollout import Heartbeat
 from certworker.store import counters
@@ -146,6 +146,14 @@ def live(tx: Connection, silent: timedelta) -> list[NodeStatus]:
     return _read(tx, _ALL.where(node_status.c.heartbeat_at > since))
 
 
+def newest_heartbeat(tx: Connection, silent: timedelta) -> datetime | None:
+    """Return when a node was last heard of; None if that is longer ago than `silent`: no node is live."""
+    return tx.execute(_NEWEST, {"silent": -int(silent.total_seconds())}).scalar()
+
+
+_NEWEST = select(func.max(node_status.c.heartbeat_at)).where(
+    node_status.c.heartbeat_at > seconds_from_now(bindparam("silent", type_=Integer))
+)
 _ALL = select(
     node_status.c.node_id, node_status.c.version_id, node_status.c.heartbeat_at, node_status.c.metadata
 ).order_by(node_status.c.node_id)

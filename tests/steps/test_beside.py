@@ -14,11 +14,12 @@ from certworker.steps.deliver import Scopes
 from certworker.steps.expire import expire
 from certworker.steps.publish import publish, publish_changes
 from certworker.steps.reap import HISTORY, TOKENS, reap
-from certworker.steps.renew import outcome, request
+from certworker.steps.renew import Outcome, Ticket, outcomes, request
 from certworker.steps.scan import scan
 from certworker.steps.verify import unlisted, verify
 from certworker.store import counters, gateway, lineages, nodes, policies, settings_kv, versions
 from certworker.store.rows import new_id
+from tests.store.plans import statements
 
 from .world import World
 
@@ -345,6 +346,41 @@ def test_reap_drops_tokens_of_closed_issuances(world: World) -> None:
 # -- requests -----------------------------------------------------------------------------------------
 
 
+def outcome(world: World, ticket: Ticket) -> Outcome:
+    """Return how a ticket stands where there are no nodes."""
+    (found,) = world.db.read(lambda tx: outcomes(tx, [ticket], ()))
+    return found
+
+
+def test_many_outcomes_are_read_together(world: World) -> None:
+    """One that ended each way, one that waits, one that is gone; who has to be served by nodes says whether it is."""
+    for name in ("done.test", "served.test", "failed.test", "gone.test"):
+        world.add_policy(name)
+    world.closed_names.add("failed.test")
+    world.take_over()
+    tickets = request(world.db, world.clock, [], force=False, dry_run=False, private_ca=True).tickets
+    world.work()
+    world.add_policy("waits.test")
+    world.take_over()
+    tickets += request(world.db, world.clock, [], force=False, dry_run=False, private_ca=True).tickets
+    by_name = {ticket.name: ticket for ticket in tickets}
+    world.execute("UPDATE lineages SET served_at = created_at WHERE id = :id", id=by_name["served.test"].lineage_id)
+    world.execute("DELETE FROM issuances WHERE id = :id", id=by_name["gone.test"].issuance_id)
+    to_serve = [by_name[name].lineage_id for name in ("done.test", "served.test", "failed.test")]
+    with statements(world.db) as sent:
+        found = world.db.read(lambda tx: outcomes(tx, list(by_name.values()), to_serve))
+
+    assert len(sent) == 2
+    assert {one.ticket.name: (one.result, one.served) for one in found} == {
+        "done.test": ("renewed", False),
+        "served.test": ("renewed", True),
+        "failed.test": ("failed", None),
+        "gone.test": ("failed", None),
+        "waits.test": ("waiting", None),
+    }
+    assert found[[one.ticket.name for one in found].index("done.test")].expires_at is not None
+
+
 def test_an_unknown_name_queues_nothing(world: World) -> None:
     """Exit code 2's error, even if the other names are known."""
     world.issue("a.test")
@@ -362,9 +398,9 @@ def test_a_named_one_that_is_not_due_is_unchanged(world: World) -> None:
 
     forced = request(world.db, world.clock, ["a.test"], force=True, dry_run=False, private_ca=True)
     (ticket,) = forced.tickets
-    assert outcome(world.db, ticket, has_nodes=False).result == "waiting"
+    assert outcome(world, ticket).result == "waiting"
     world.work()
-    done = outcome(world.db, ticket, has_nodes=False)
+    done = outcome(world, ticket)
     assert (done.result, done.served) == ("renewed", None)
     assert done.document()["fingerprint_sha256"] == world.rows("SELECT fingerprint FROM certificates")[0][0]
 
@@ -404,7 +440,7 @@ def test_a_failed_request_says_why(world: World) -> None:
     asked = request_all(world)
     world.work()
 
-    failed = outcome(world.db, asked, has_nodes=False)
+    failed = outcome(world, asked)
     assert failed.result == "failed"
     assert set(failed.document()["error"]) == {"class", "type", "detail", "retry_at", "hint"}
     assert world.last_issuance("a.test").state == State.FAILED
