@@ -53,6 +53,17 @@ def test_a_window_is_asked_for_right_away_and_obeyed_when_it_moves(
     assert len(ca.ledger()) == 2
 
 
+def test_renew_by_itself_asks_about_what_earlier_runs_got(folder: Path, start_pebble: Callable[..., Pebble]) -> None:
+    """Not about what it has just got: nobody has to know that before the next run, and it would wait for it."""
+    box = Box.make(folder, start_pebble(nonce_reject=0))
+    box.configure("app.example.com")
+
+    assert box.json("renew")["renewed"]
+    assert informed(box) is None
+    assert box.json("renew")["renewed"] == []
+    assert informed(box) is not None
+
+
 def informed(box: Box) -> dict[str, Any] | None:
     """Return the lineage when the CA has said when to renew its certificate."""
     found = box.json("status")["lineages"]
