@@ -5,7 +5,6 @@ Nothing waits, polls or decides here. Every call returns what the CA said, or ra
 """
 
 import json
-from base64 import urlsafe_b64encode
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 from certworker.ca import jws, messages
 from certworker.ca.fields import host_of
 from certworker.ca.headers import read_nonce
-from certworker.ca.keys import AccountKey
+from certworker.ca.keys import AccountKey, base64url
 from certworker.ca.messages import Directory
 from certworker.ca.problems import Endpoint, read_problem
 from certworker.ca.transport import ANSWER_LIMIT, Http, Response
@@ -170,7 +169,7 @@ class Client:
 
     def finalize(self, account: Account, finalize_url: str, csr_der: bytes, order_url: str) -> Order:
         """Ask for the certificate; the order is at `order_url`, which the answer may not repeat."""
-        response = self._post("finalizing the order", account, finalize_url, {"csr": _base64url(csr_der)})
+        response = self._post("finalizing the order", account, finalize_url, {"csr": base64url(csr_der)})
         return self._order(response, order_url)
 
     def fetch_chain(self, account: Account, url: str) -> str:
@@ -183,7 +182,7 @@ class Client:
 
         `reason` is a number of RFC 5280 §5.3.1, for example 1 for a key that has leaked.
         """
-        payload: dict[str, Any] = {"certificate": _base64url(certificate_der)}
+        payload: dict[str, Any] = {"certificate": base64url(certificate_der)}
         if reason is not None:
             payload["reason"] = reason
         try:
@@ -328,7 +327,3 @@ def _asking(endpoint: Endpoint) -> Iterator[None]:
     except CaError as error:
         error.asked = endpoint
         raise
-
-
-def _base64url(data: bytes) -> str:
-    return urlsafe_b64encode(data).rstrip(b"=").decode()

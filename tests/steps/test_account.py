@@ -387,7 +387,7 @@ def test_what_cannot_be_rolled_over_is_told(world: World) -> None:
     deactivate(worker(world))
     with pytest.raises(AccountDeactivated):
         roll_over(world)
-    assert world.ca.accounts[str(stored(world).account_url)].jwk == account.key.jwk.public_key().to_partial_json()
+    assert world.ca.accounts[str(stored(world).account_url)].jwk == account.key.public_jwk
 
 
 def test_a_garbled_answer_is_asked_about(world: World) -> None:
