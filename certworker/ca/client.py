@@ -13,12 +13,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from certworker.ca import jws, messages
-from certworker.ca.fields import host_of
 from certworker.ca.headers import read_nonce
 from certworker.ca.keys import AccountKey, base64url
 from certworker.ca.messages import Directory
 from certworker.ca.problems import Endpoint, read_problem
 from certworker.ca.transport import ANSWER_LIMIT, Http, Response
+from certworker.ca.urls import host_of
 from certworker.core.order import Authorization, Challenge, Order
 from certworker.core.renewal import RenewalInfo
 from certworker.errors import AnswerFault, CaError, ProblemReported, ProfileNotOffered, TermsNotAgreed

@@ -1,46 +1,26 @@
 """One kept connection to one origin, on which nothing takes longer than its deadline.
 
-`http.client` speaks HTTP; what is ours is the socket below it. A socket's own time limit starts anew
-with every read, so a server that sends one byte a second holds a thread for hours. Here each read and
-write gets what is left of the request's time.
+What is said on it is in `http1`. A socket's own time limit starts anew with every read, so a server that sends one
+byte a second holds a thread for hours. Here each read and write gets what is left of the request's time.
 """
 
-import contextlib
-import http.client
-import io
 import select
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
+from certworker.ca.http1 import Answer, Answers, NotHttp, render_request
 from certworker.ca.proxies import Proxy
+from certworker.ca.urls import Origin
 
-
-class Origin(NamedTuple):
-    """Where a request goes (RFC 9110 §4.3.1)."""
-
-    scheme: str
-    host: str
-    port: int
-
-
-class Answer(NamedTuple):
-    """An HTTP answer as it came; a field that came twice is joined with a comma (RFC 9110 §5.3)."""
-
-    status: int
-    headers: Mapping[str, str]
-    """Names in lower case."""
-    body: bytes
+_PIECE = 16 * 1024
+"""Bytes: what TLS sends at once, at most."""
 
 
 class ProxyRefused(Exception):
     """The proxy did not open a way to the CA; the message says why."""
-
-
-class TooLarge(Exception):
-    """The answer is larger than was allowed."""
 
 
 class Deadline:
@@ -58,65 +38,46 @@ class Deadline:
         return left
 
 
-class _TimedSocket:
-    """As much of a socket as http.client uses, bound to the deadline of the request under way."""
+class _Timed:
+    """A socket on which nothing takes longer than the deadline of the request under way."""
 
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
         self.sock = sock
         self.deadline = deadline
         self.answered = False
-        """Whether a byte has been read since the request began."""
+        """Whether a byte has come since the request began."""
 
-    def sendall(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self.sock.settimeout(self.deadline.left())
         self.sock.sendall(data)
 
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_TimedReader(self))
-
-    def close(self) -> None:
-        """Do nothing: http.client lets go of the socket while the body is still to be read."""
-
-
-class _TimedReader(io.RawIOBase):
-    def __init__(self, timed: _TimedSocket) -> None:
-        self._timed = timed
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._timed.sock.settimeout(self._timed.deadline.left())
-        count = self._timed.sock.recv_into(buffer)
-        self._timed.answered = self._timed.answered or count > 0
-        return count
+    def receive(self) -> bytes:
+        self.sock.settimeout(self.deadline.left())
+        data = self.sock.recv(_PIECE)
+        self.answered = self.answered or bool(data)
+        return data
 
 
 class Connection:
     """An open connection; not for two threads at a time."""
 
-    def __init__(self, timed: _TimedSocket, origin: Origin) -> None:
-        self._timed = timed
-        self._http = http.client.HTTPConnection(origin.host, origin.port)
-        self._http.default_port = 443 if origin.scheme == "https" else 80
-        self._http.auto_open = 0  # never reconnect behind our back
-        self._http.sock = cast(socket.socket, timed)
+    def __init__(self, sock: socket.socket, origin: Origin, deadline: Deadline) -> None:
+        self._timed = _Timed(sock, deadline)
+        self._answers = Answers(self._timed.receive)
+        self._authority = origin.authority
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self.is_open = True
+        """Whether the last answer left the connection open for another request."""
 
     @property
     def answered(self) -> bool:
         """Whether any byte of an answer to the last request has come."""
         return self._timed.answered
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the last answer left the connection open for another request."""
-        return self._http.sock is not None
-
     def is_idle(self) -> bool:
         """Say whether nothing has come since the last answer; if so, the other side closed or is out of step."""
-        poll = select.poll()
-        poll.register(self._timed.sock, select.POLLIN)
-        return not poll.poll(0)
+        return not self._poll.poll(0)
 
     def exchange(
         self,
@@ -129,13 +90,13 @@ class Connection:
     ) -> Answer:
         """Send one request and read its whole answer."""
         self._timed.deadline, self._timed.answered = deadline, False
-        self._http.request(method, target, body, headers)
-        with self._http.getresponse() as response:
-            return Answer(response.status, _read_headers(response), _read_body(response, max_bytes))
+        self._timed.send(render_request(method, target, self._authority, headers, body))
+        answer = self._answers.read(method, max_bytes)
+        self.is_open = not answer.is_last
+        return answer
 
     def close(self) -> None:
         """Close the connection; no request can follow."""
-        self._http.close()
         # No unwrap: it would wait for the other side's farewell.
         self._timed.sock.close()
 
@@ -145,7 +106,7 @@ def open_connection(origin: Origin, proxy: Proxy | None, tls: ssl.SSLContext, de
     sock = _reach_proxy(proxy, deadline) if proxy else _connect(origin.host, origin.port, deadline)
     try:
         if proxy:
-            _ask_proxy(_TimedSocket(sock, deadline), origin, proxy)
+            _ask_proxy(_Timed(sock, deadline), origin, proxy)
         if origin.scheme == "https":
             sock.settimeout(deadline.left())
             # A cut is told from an end, or a truncated answer without a length would pass for a whole one.
@@ -153,7 +114,7 @@ def open_connection(origin: Origin, proxy: Proxy | None, tls: ssl.SSLContext, de
     except BaseException:
         sock.close()
         raise
-    return Connection(_TimedSocket(sock, deadline), origin)
+    return Connection(sock, origin, deadline)
 
 
 def _connect(host: str, port: int, deadline: Deadline) -> socket.socket:
@@ -207,37 +168,16 @@ def _reach_proxy(proxy: Proxy, deadline: Deadline) -> socket.socket:
         raise ProxyRefused(f"cannot reach the proxy at {proxy.host}:{proxy.port}: {reason.lower()}") from error
 
 
-def _ask_proxy(timed: _TimedSocket, origin: Origin, proxy: Proxy) -> None:
+def _ask_proxy(timed: _Timed, origin: Origin, proxy: Proxy) -> None:
     """Have the proxy open a tunnel (RFC 9110 §9.3.6)."""
     host = f"[{origin.host}]" if ":" in origin.host else origin.host
     lines = [f"CONNECT {host}:{origin.port} HTTP/1.1", f"Host: {host}:{origin.port}"]
     if proxy.authorization:
         lines.append(f"Proxy-Authorization: {proxy.authorization}")
-    answer = http.client.HTTPResponse(cast(socket.socket, timed), method="CONNECT")
-    with contextlib.closing(answer):
-        try:
-            timed.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
-            answer.begin()
-        except (OSError, http.client.HTTPException) as error:
-            raise ProxyRefused(f"the proxy at {proxy.host}:{proxy.port} broke off") from error
-    if not 200 <= answer.status < 300:
-        raise ProxyRefused(f"the proxy at {proxy.host}:{proxy.port} answered {answer.status}")
-
-
-def _read_headers(response: http.client.HTTPResponse) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    for name, value in response.getheaders():
-        name = name.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
-
-
-def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    if response.length is not None:
-        if response.length > max_bytes:
-            raise TooLarge
-        return response.read()  # unlike read(n), this notices a body that ends too early
-    body = response.read(max_bytes + 1)
-    if len(body) > max_bytes:
-        raise TooLarge
-    return body
+    try:
+        timed.send("\r\n".join([*lines, "", ""]).encode("ascii"))
+        status = Answers(timed.receive).read_head().status
+    except (OSError, NotHttp) as error:
+        raise ProxyRefused(f"the proxy at {proxy.host}:{proxy.port} broke off") from error
+    if not 200 <= status < 300:
+        raise ProxyRefused(f"the proxy at {proxy.host}:{proxy.port} answered {status}")

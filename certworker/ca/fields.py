@@ -1,15 +1,13 @@
 """Reads the fields of a JSON object that a stranger wrote; every fault names the answer and the field."""
 
 import json
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
+from certworker.ca.urls import is_url
 from certworker.errors import AnswerFault
 
-_URL = re.compile(r"[\x21-\x7e]{1,2048}")
 _LONGEST_LIST = 1000
 """More names than any CA puts into one certificate."""
 
@@ -88,7 +86,7 @@ class Fields:
         return value
 
     def _absolute(self, name: str, value: object) -> str:
-        scheme = urlsplit(self._url).scheme
+        scheme = self._url.partition(":")[0]
         url = self._text(name, value)
         if not is_url(url, scheme):
             raise self.fault(name, f"must be an absolute {scheme} URL")
@@ -103,20 +101,3 @@ def read_json(url: str, body: bytes, content_type: str) -> object:
         # RecursionError is how the parser refuses to be nested too deeply.
         kind = content_type.partition(";")[0].strip()[:100] or "no content type"
         raise AnswerFault(url, f"it is not JSON ({kind!a}); check ACME_DIRECTORY_URL and proxies") from None
-
-
-def is_url(value: str, *schemes: str) -> bool:
-    """Say whether `value` is an absolute URL of one of these schemes, with a host and no userinfo."""
-    if not _URL.fullmatch(value):
-        return False
-    try:
-        parts = urlsplit(value)
-        return parts.scheme in schemes and bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
-    except ValueError:
-        return False
-
-
-def host_of(url: str) -> tuple[str, int]:
-    """Return host and port of a URL that `is_url`."""
-    parts = urlsplit(url)
-    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)

@@ -14,10 +14,11 @@ from hashlib import sha256
 from typing import TypeVar
 from urllib.parse import urljoin
 
-from certworker.ca.fields import Fields, is_url, read_json
+from certworker.ca.fields import Fields, read_json
 from certworker.ca.headers import read_retry_after
 from certworker.ca.problems import clean_text, read_problem_object
 from certworker.ca.transport import Response
+from certworker.ca.urls import is_url
 from certworker.core.certificate import MAX_CHAIN_BYTES
 from certworker.core.order import (
     Authorization,

@@ -12,9 +12,9 @@ from datetime import datetime
 from http import HTTPStatus
 from typing import Any
 
-from certworker.ca.fields import is_url
 from certworker.ca.headers import read_links, read_retry_after
 from certworker.ca.transport import Response
+from certworker.ca.urls import is_url
 from certworker.core.retry import Endpoint as Endpoint
 from certworker.core.retry import (
     ErrorClass,
