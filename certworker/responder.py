@@ -15,6 +15,7 @@ import asyncio
 import re
 import socket
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from email.utils import formatdate
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -32,7 +34,8 @@ from certworker.errors import CertworkerError
 LOOKUP_THREADS = 4
 LINGER = timedelta(seconds=1)
 """How long a refused client may take to read its answer and to stop sending."""
-LINGER_READ = 1 << 16
+ACCEPT_AT_ONCE = 64
+"""Connections that are taken before the others are looked after."""
 ACCEPT_AGAIN = timedelta(milliseconds=200)
 """After a connection that could not be taken: no descriptor is left for it."""
 
@@ -110,8 +113,9 @@ class Responder:
         self._host, self._port = host, port
         self._find, self._on_fetch, self._limits = find, on_fetch, limits
         self._listener: socket.socket | None = None
-        self._connections = 0
+        self._conversations: set[Conversation] = set()
         self._untold: set[str] = set()
+        self._fetched: SimpleQueue[str | None] = SimpleQueue()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -136,14 +140,14 @@ class Responder:
                 "stop the program that holds it, or set RESPONDER_LISTEN to another address"
             ) from error
         self._loop = asyncio.new_event_loop()
-        self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=[self._listener], name="responder", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._tell_fetched, name="responder-tell", daemon=True).start()
 
     def stop(self) -> None:
         """Close the port and every connection; repeating it is harmless."""
         if self._listener is not None:
-            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._listener = None
 
@@ -157,142 +161,261 @@ class Responder:
         self.stop()
 
     def _run(self, listener: socket.socket) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve(listener))
-
-    async def _serve(self, listener: socket.socket) -> None:
-        self._lookups = Lookups(self._find, self._limits, self.counters)
-        self._teller = ThreadPoolExecutor(1, "responder-tell")
-        accepting = asyncio.create_task(self._accept(listener))
-        await self._stopping.wait()
-        accepting.cancel()
-        await asyncio.wait({accepting})
+        self._lookups = Lookups(self._loop, self._find, self._limits)
+        self._accept_from(listener)
+        self._loop.run_forever()
         listener.close()
+        for conversation in list(self._conversations):
+            conversation.close()
         self._lookups.close()
-        self._teller.shutdown(wait=False, cancel_futures=True)
+        self._fetched.put(None)
+        self._loop.close()
 
-    async def _accept(self, listener: socket.socket) -> None:
-        """Take connections until cancelled; while the process may open no more files, clients wait.
+    def _accept_from(self, listener: socket.socket) -> None:
+        self._loop.add_reader(listener, self._accept, listener)
 
-        asyncio's own server would then run hot, and log thousands of lines a second.
-        """
-        while True:
+    def _accept(self, listener: socket.socket) -> None:
+        """Take connections; while the process may open no more files, clients wait."""
+        for _ in range(ACCEPT_AT_ONCE):
             try:
-                client, _ = await self._loop.sock_accept(listener)
-                await self._loop.connect_accepted_socket(self._conversation, client)
+                client, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
             except OSError:
-                await asyncio.sleep(ACCEPT_AGAIN.total_seconds())
-
-    def _conversation(self) -> asyncio.StreamReaderProtocol:
-        reader = asyncio.StreamReader(limit=self._limits.head_bytes, loop=self._loop)
-        return asyncio.StreamReaderProtocol(reader, self._serve_client, loop=self._loop)
-
-    async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # `drain` then waits until the kernel has everything, so that nothing is lost by `abort`.
-        writer.transport.set_write_buffer_limits(high=0)
-        self._connections += 1
-        try:
-            await self._converse(reader, writer)
-        except TimeoutError:
-            self.counters.refused += 1
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass  # the client has gone, or we are stopping
-        finally:
-            self._connections -= 1
-            writer.transport.abort()
-
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            if self._connections > self._limits.connections:
-                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE)
-            while await self._serve_request(reader, writer):
-                pass
-        except Refused as refused:
-            self.counters.refused += 1
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LINGER.total_seconds()):
-                    await refuse(refused.status, reader, writer)
-
-    async def _serve_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; return whether the next may follow."""
-        first = b""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.idle.total_seconds()):
-                first = await reader.read(1)
-        if not first:
-            return False
-        async with asyncio.timeout(self._limits.head.total_seconds()):
-            request = await read_request(first, reader, self._limits.head_bytes)
-        token = request.token
-        found = await self._lookups.find(token) if token else None
-        async with asyncio.timeout(self._limits.head.total_seconds()):
-            writer.write(render_answer(found, request))
-            await writer.drain()
-        if not (token and found):
-            self.counters.unknown += 1
-        else:
-            self.counters.answered += 1
-            if request.method == b"GET":
-                self._tell(token)
-        return request.keep_alive
+                # They stay readable: without a pause we would run hot.
+                self._loop.remove_reader(listener)
+                self._loop.call_later(ACCEPT_AGAIN.total_seconds(), self._accept_from, listener)
+                return
+            client.setblocking(False)
+            conversation = Conversation(
+                client, self._loop, self._lookups, self._limits, self.counters, self._tell, self._conversations.discard
+            )
+            self._conversations.add(conversation)
+            conversation.begin(full=len(self._conversations) > self._limits.connections)
 
     def _tell(self, token: str) -> None:
         if token not in self._untold:
             self._untold.add(token)
-            self._teller.submit(self._tell_now, token)
+            self._fetched.put(token)
 
-    def _tell_now(self, token: str) -> None:
-        self._untold.discard(token)  # first: a fetch from here on is news again
-        self._on_fetch(token)
+    def _tell_fetched(self) -> None:
+        while (token := self._fetched.get()) is not None:
+            self._untold.discard(token)  # first: a fetch from here on is news again
+            with suppress(Exception):
+                self._on_fetch(token)
+
+
+class Conversation:
+    """One client's connection. Its methods are called by the loop, and none of them waits."""
+
+    def __init__(
+        self,
+        client: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        lookups: "Lookups",
+        limits: Limits,
+        counters: Counters,
+        tell: Callable[[str], object],
+        ended: Callable[["Conversation"], object],
+    ) -> None:
+        self._client, self._loop, self._lookups, self._limits = client, loop, lookups, limits
+        self._counters, self._tell, self._ended = counters, tell, ended
+        self._heard = b""
+        """Of requests that are not answered yet."""
+        self._reading = False
+        self._lingering = False
+        self._asked: Request | None = None
+        """What a lookup is under way for."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._in_head = False
+        """Whether the timer is that of a head which has begun: more bytes win no time."""
+
+    def begin(self, *, full: bool) -> None:
+        """Look what the client wants; `full` means that it is one too many."""
+        if full:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+        else:
+            self._hear()  # mostly it has said it by now
+
+    def close(self) -> None:
+        """End the connection."""
+        self._asked = None
+        self._stop_waiting()
+        self._read(False)
+        self._client.close()
+        self._ended(self)
+
+    # -- what the client says --------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        try:
+            data = self._client.recv(self._limits.head_bytes)
+        except BlockingIOError:
+            self._listen()
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif not self._lingering:
+            self._heard += data
+            self._serve()
+
+    def _serve(self) -> None:
+        """Answer the first request of what was heard, if it is whole."""
+        try:
+            request, self._heard = take_request(self._heard, self._limits.head_bytes)
+            if request is None:
+                self._listen()
+                return
+            self._stop_waiting()
+            if request.token is None:
+                self._answer(request, None)
+            elif known := self._lookups.remembered(request.token):
+                self._answer(request, known)
+            else:
+                self._look_up(request, request.token)
+        except Refused as refused:
+            self._refuse(refused.status)
+
+    def _listen(self) -> None:
+        """Wait for more: for the rest of a head since its first byte, or for a request."""
+        self._read(True)
+        if self._heard and not self._in_head:
+            self._wait(self._limits.head, self._end_slow)
+            self._in_head = True
+        elif not self._heard and not self._lingering:
+            self._wait(self._limits.idle, self.close)
+
+    def _end_slow(self) -> None:
+        self._counters.refused += 1
+        self.close()
+
+    # -- what we say -----------------------------------------------------------------------------------
+
+    def _look_up(self, request: Request, token: str) -> None:
+        running = self._lookups.begin(token)
+        self._asked = request
+        self._read(False)
+        self._wait(self._limits.lookup, partial(self._looked_up, None))
+        running.add_done_callback(self._looked_up)
+
+    def _looked_up(self, done: "asyncio.Future[str | None] | None") -> None:
+        """Go on when a lookup has ended; None stands for one that takes too long."""
+        request, self._asked = self._asked, None
+        if request is None:
+            return  # it took too long, or the client has gone
+        if done is None or done.cancelled() or done.exception():
+            self._counters.failed += 1
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+        else:
+            self._answer(request, done.result())
+
+    def _answer(self, request: Request, found: str | None) -> None:
+        if not self._send(render_answer(found, request)):
+            return
+        if not (request.token and found):
+            self._counters.unknown += 1
+        else:
+            self._counters.answered += 1
+            if request.method == b"GET":
+                self._tell(request.token)
+        if not request.keep_alive:
+            self.close()
+        elif self._heard:
+            self._read(False)
+            self._loop.call_soon(self._go_on)  # others first: it may have sent a thousand requests at once
+        else:
+            self._listen()
+
+    def _go_on(self) -> None:
+        if self._client.fileno() >= 0:
+            self._serve()
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Send `status`, then let the client finish: closing on unread bytes would reset the answer away."""
+        self._counters.refused += 1
+        self._lingering, self._heard = True, b""
+        body = f"{status.phrase.lower()}\n".encode()
+        if self._send(_render_head(status, len(body), keep_alive=False) + body):
+            with suppress(OSError):
+                self._client.shutdown(socket.SHUT_WR)
+            self._wait(LINGER, self.close)
+            self._read(True)
+
+    def _send(self, data: bytes) -> bool:
+        """Send all of it at once, as a client that reads its answers has room for; end the connection otherwise."""
+        with suppress(OSError):
+            if self._client.send(data) == len(data):
+                return True
+        self.close()
+        return False
+
+    # -- the loop --------------------------------------------------------------------------------------
+
+    def _read(self, on: bool) -> None:
+        if on != self._reading:
+            self._reading = on
+            if on:
+                self._loop.add_reader(self._client, self._hear)
+            else:
+                self._loop.remove_reader(self._client)
+
+    def _wait(self, limit: timedelta, late: Callable[[], object]) -> None:
+        """Call `late` when `limit` is over, unless something else is waited for by then."""
+        self._stop_waiting()
+        self._timer = self._loop.call_later(limit.total_seconds(), late)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._in_head = None, False
 
 
 class Lookups:
     """Calls `find` in threads, not more often than the limits allow, and remembers live answers."""
 
-    def __init__(self, find: Callable[[str], str | None], limits: Limits, counters: Counters) -> None:
-        self._find, self._limits, self._counters = find, limits, counters
+    def __init__(self, loop: asyncio.AbstractEventLoop, find: Callable[[str], str | None], limits: Limits) -> None:
+        self._loop, self._find, self._limits = loop, find, limits
         self._pool = ThreadPoolExecutor(LOOKUP_THREADS, "responder-lookup")
         self._running: dict[str, asyncio.Future[str | None]] = {}
         self._live: OrderedDict[str, tuple[float, str]] = OrderedDict()
         self._allowance = float(limits.lookups_per_second)
         self._allowance_at = 0.0
 
-    async def find(self, token: str) -> str | None:
-        """Return the key authorization of a live token; Refused when that cannot be said now."""
+    def remembered(self, token: str) -> str | None:
+        """Return the key authorization of a token that was live seconds ago."""
         until, known = self._live.get(token, (0.0, ""))
-        if until > asyncio.get_running_loop().time():
-            return known
-        running = self._running.get(token) or self._begin(token)
-        done, _ = await asyncio.wait({running}, timeout=self._limits.lookup.total_seconds())
-        if not done or running.cancelled() or running.exception():
-            self._counters.failed += 1
+        return known if until > self._loop.time() else None
+
+    def begin(self, token: str) -> "asyncio.Future[str | None]":
+        """Return the lookup of a token, which others may be waiting for too; Refused when there are too many."""
+        running = self._running.get(token)
+        if running is not None:
+            return running
+        if len(self._running) >= self._limits.lookups_waiting or not self._allowed():
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE)
-        return running.result()
+        running = self._loop.run_in_executor(self._pool, self._find, token)
+        self._running[token] = running
+        running.add_done_callback(partial(self._finish, token))
+        return running
 
     def close(self) -> None:
         for running in self._running.values():
             running.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, token: str) -> asyncio.Future[str | None]:
-        if len(self._running) >= self._limits.lookups_waiting or not self._allowed():
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE)
-        running = asyncio.get_running_loop().run_in_executor(self._pool, self._find, token)
-        self._running[token] = running
-        running.add_done_callback(partial(self._finish, token))
-        return running
-
-    def _finish(self, token: str, done: asyncio.Future[str | None]) -> None:
+    def _finish(self, token: str, done: "asyncio.Future[str | None]") -> None:
         del self._running[token]
         found = None if done.cancelled() or done.exception() else done.result()
         if found:
-            self._live[token] = (done.get_loop().time() + self._limits.remember.total_seconds(), found)
+            self._live[token] = (self._loop.time() + self._limits.remember.total_seconds(), found)
             self._live.move_to_end(token)
             if len(self._live) > self._limits.remembered:
                 self._live.popitem(last=False)
 
     def _allowed(self) -> bool:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         most = float(self._limits.lookups_per_second)
         self._allowance = min(most, self._allowance + (now - self._allowance_at) * most)
         self._allowance_at = now
@@ -302,23 +425,22 @@ class Lookups:
         return True
 
 
-async def read_request(first: bytes, reader: asyncio.StreamReader, limit: int) -> Request:
-    """Read a request head that starts with `first`; Refused if it is not one we answer.
+def take_request(heard: bytes, limit: int) -> tuple[Request | None, bytes]:
+    """Return the first request of what was heard and what is behind it; None while its head is not whole.
 
-    RFC 9112 §2.2 would let us skip an empty line before it; no proxy sends one.
+    Refused as soon as it can only become one that we do not answer. RFC 9112 §2.2 would let us skip an empty
+    line before it; no proxy sends one.
     """
-    left = limit
-    lines: list[bytes] = []
-    while not lines or lines[-1]:
-        line = first + await _read_line(reader)
-        first = b""
-        left -= len(line) + len(b"\r\n")
-        if left < 0:
-            raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        if not lines and not _REQUEST_LINE.fullmatch(line):
+    end = heard.find(b"\r\n\r\n")
+    if end > limit - 4 or (end < 0 and len(heard) > limit):
+        raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    if end < 0:
+        line, complete, _ = heard.partition(b"\n")
+        if complete and not (line.endswith(b"\r") and _REQUEST_LINE.fullmatch(line[:-1])):
             raise Refused(HTTPStatus.BAD_REQUEST)  # now: a client of HTTP/0.9 sends no more
-        lines.append(line)
-    return parse_request(lines[0], lines[1:-1])
+        return None, heard
+    line, *fields = heard[:end].split(b"\r\n")
+    return parse_request(line, fields), heard[end + 4 :]
 
 
 def parse_request(request_line: bytes, field_lines: list[bytes]) -> Request:
@@ -354,20 +476,10 @@ def render_answer(found: str | None, request: Request) -> bytes:
     return _render_head(status, len(body), request.keep_alive) + (body if request.method == b"GET" else b"")
 
 
-async def refuse(status: HTTPStatus, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send `status`, then let the client finish: closing on unread bytes would reset the answer away."""
-    body = f"{status.phrase.lower()}\n".encode()
-    writer.write(_render_head(status, len(body), keep_alive=False) + body)
-    await writer.drain()
-    writer.write_eof()
-    while await reader.read(LINGER_READ):
-        pass
-
-
 def _render_head(status: HTTPStatus, length: int, keep_alive: bool) -> bytes:
     lines = [
         f"HTTP/1.1 {status.value} {status.phrase}",
-        f"Date: {formatdate(usegmt=True)}",
+        f"Date: {_render_date(int(time.time()))}",
         "Content-Type: text/plain",
         f"Content-Length: {length}",
         "Cache-Control: no-store",
@@ -381,11 +493,6 @@ def _render_head(status: HTTPStatus, length: int, keep_alive: bool) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-async def _read_line(reader: asyncio.StreamReader) -> bytes:
-    try:
-        line = await reader.readuntil(b"\n")
-    except asyncio.LimitOverrunError as error:
-        raise Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE) from error
-    if not line.endswith(b"\r\n"):
-        raise Refused(HTTPStatus.BAD_REQUEST)
-    return line[:-2]
+@lru_cache(1)
+def _render_date(second: int) -> str:
+    return formatdate(second, usegmt=True)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -239,6 +239,18 @@ def test_pipelined_requests_are_answered_in_order(start: Start) -> None:
     assert answer.count(KEY_AUTHORIZATION.encode()) == 1
 
 
+def test_what_comes_meanwhile_waits_its_turn(start: Start) -> None:
+    """A request that needs a lookup is behind one that does not, and more arrive while it is under way."""
+    responder = start(lambda token: time.sleep(0.05) or find_live(token))
+    assert get(responder)[0] == 200
+    kept = "Host: app.test\r\n"
+    first = request(PATH, "GET", kept) + request(PATH + "x", "GET", kept) + request(PATH, "GET", kept)
+
+    answer = talk(responder, [first, request("/nothing", "GET", kept), request(PATH)])
+
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"404", b"200", b"404", b"200"]
+
+
 def test_slow_heads_are_cut(start: Start) -> None:
     """A byte now and then does not win time; nothing is answered."""
     responder = start()
@@ -255,6 +267,47 @@ def test_idle_connections_are_closed_quietly(start: Start) -> None:
 
     assert talk(responder, []) == b""
     assert responder.counters.refused == 0
+
+
+def test_a_busy_connection_is_not_idle(start: Start) -> None:
+    """Its time begins anew with each answer, also after a lookup, a slow head, or several requests at once."""
+    responder = start()
+    kept = "Host: app.test\r\n"
+    with socket.create_connection(responder.address, timeout=5) as client:
+        for sent in (request(PATH, fields=kept), request(PATH, fields=kept) * 2, request(PATH + "x", fields=kept)):
+            client.sendall(sent[:-1])
+            time.sleep(0.1)
+            client.sendall(sent[-1:])
+            time.sleep(0.1)
+            assert client.recv(65536).startswith(b"HTTP/1.1 ")
+
+        assert client.recv(65536) == b""
+    assert responder.counters.refused == 0
+
+
+def test_a_client_that_does_not_read_is_left(start: Start) -> None:
+    """A thousand requests at once, and none of the answers taken: others are served, and it is closed."""
+    responder = start()
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(responder.address)
+        deaf.settimeout(0.5)
+        with suppress(OSError):
+            deaf.sendall(request(PATH, fields="Host: app.test\r\n") * 100_000)
+
+        assert get(responder) == (200, KEY_AUTHORIZATION.encode())
+        await_true(lambda: not responder._conversations)
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\n", b"GET /\r\n", b"\r\n", b"\x16\x03\x01\n"])
+def test_what_cannot_become_a_request_is_told_at_once(start: Start, data: bytes) -> None:
+    """Not when its time is over."""
+    responder = start(limits=replace(IMPATIENT, head=timedelta(seconds=60)))
+
+    with socket.create_connection(responder.address, timeout=5) as client:
+        client.sendall(data)
+
+        assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
 
 
 def test_connections_are_bounded(start: Start) -> None:
