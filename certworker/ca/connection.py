@@ -16,7 +16,7 @@ from certworker.ca.proxies import Proxy
 from certworker.ca.urls import Origin
 
 _PIECE = 16 * 1024
-"""Bytes: what TLS sends at once, at most."""
+"""Bytes: no TLS record has more (RFC 8446 §5.1)."""
 
 
 class ProxyRefused(Exception):
@@ -39,23 +39,42 @@ class Deadline:
 
 
 class _Timed:
-    """A socket on which nothing takes longer than the deadline of the request under way."""
+    """A socket on which nothing takes longer than the deadline of the request under way.
+
+    It never blocks, and is waited for with one call: with a socket's own time limit, an answer would take twice as many
+    calls that let go of Python's lock, each of which may hand it to another thread.
+    """
 
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        sock.setblocking(False)
         self.sock = sock
         self.deadline = deadline
         self.answered = False
         """Whether a byte has come since the request began."""
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._writable.register(sock, select.POLLOUT)
+
+    def is_silent(self) -> bool:
+        return not self._readable.poll(0)
 
     def send(self, data: bytes) -> None:
-        self.sock.settimeout(self.deadline.left())
-        self.sock.sendall(data)
+        while data:
+            try:
+                data = data[self.sock.send(data) :]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self._writable.poll(self.deadline.left() * 1000)
 
     def receive(self) -> bytes:
-        self.sock.settimeout(self.deadline.left())
-        data = self.sock.recv(_PIECE)
-        self.answered = self.answered or bool(data)
-        return data
+        while True:
+            # Nothing is left in the TLS layer that this would wait for in vain: _PIECE takes all of a record.
+            self._readable.poll(self.deadline.left() * 1000)
+            try:
+                data = self.sock.recv(_PIECE)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                continue  # too late, or only a part of a record
+            self.answered = self.answered or bool(data)
+            return data
 
 
 class Connection:
@@ -65,8 +84,6 @@ class Connection:
         self._timed = _Timed(sock, deadline)
         self._answers = Answers(self._timed.receive)
         self._authority = origin.authority
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
         self.is_open = True
         """Whether the last answer left the connection open for another request."""
 
@@ -77,7 +94,7 @@ class Connection:
 
     def is_idle(self) -> bool:
         """Say whether nothing has come since the last answer; if so, the other side closed or is out of step."""
-        return not self._poll.poll(0)
+        return self._timed.is_silent()
 
     def exchange(
         self,

@@ -188,8 +188,10 @@ def _fields(response: Response) -> Fields:
 
 
 def _status(fields: Fields, statuses: type[_S]) -> _S:
-    status = fields.text("status")
-    return statuses(status) if status in set(statuses) else statuses("unknown")
+    try:
+        return statuses(fields.text("status"))
+    except ValueError:
+        return statuses("unknown")
 
 
 def _shown_url(fields: Fields, name: str, *schemes: str) -> str | None:

@@ -1,10 +1,13 @@
 """URLs that we ask or are told to ask: absolute, http or https, nothing hidden in them (RFC 3986 §3)."""
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 _LONGEST = 2048
 """Characters."""
+_REMEMBERED = 512
+"""URLs; each of an order is read five times while it is in flight."""
 _URL = re.compile(
     r"(?P<scheme>(?i:https?))://(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{0,5}))?"
     r"(?P<path>/[!-\"$->@-~]*)?(?P<query>\?[!-\"$-~]*)?(?:#[!-~]*)?"
@@ -35,6 +38,7 @@ class Url(NamedTuple):
     """Path and query, as a request line has them (RFC 9112 §3.2.1)."""
 
 
+@lru_cache(_REMEMBERED)
 def read_url(text: str) -> Url | None:
     """Take a URL apart; None for what is none, and for one with userinfo or a port that cannot be."""
     found = _URL.fullmatch(text) if len(text) <= _LONGEST else None
