@@ -9,6 +9,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -31,6 +32,9 @@ CLOCK_TOLERANCE = timedelta(minutes=5)
 
 _LONGEST_RENEWAL_ID = 255
 """Characters; it becomes part of a URL and of an index, and a CA's own are half as long."""
+
+_LINKS = 128
+"""Signatures that are remembered: a chain is checked when it comes and when it is put to use, and ends like many."""
 
 _BLOCK = re.compile(r"-----BEGIN ([^-\n]+)-----.*?-----END \1-----", re.DOTALL)
 
@@ -231,6 +235,7 @@ def _put_in_order(leaf: x509.Certificate, certificates: list[x509.Certificate]) 
     return chain
 
 
+@lru_cache(_LINKS)
 def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
