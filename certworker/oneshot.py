@@ -16,16 +16,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from certworker import parts, wiring
-from certworker.embedded import EmbeddedNode
 from certworker.errors import DatabaseHeld
 from certworker.steps.crew import Crew
 from certworker.steps.deliver import Scopes
 from certworker.steps.expire import expire
 from certworker.steps.gate import incident
-from certworker.steps.publish import publish_changes
 from certworker.steps.reconcile import reconcile
 from certworker.steps.refresh_ari import refresh_ari
 from certworker.steps.renew import Outcome, Request, Ticket, outcomes, request
@@ -36,6 +34,9 @@ from certworker.store.database import Transaction
 from certworker.store.issuances import Standing
 from certworker.store.rows import new_id
 from certworker.wiring import App
+
+if TYPE_CHECKING:
+    from certworker.embedded import EmbeddedNode
 
 _LOOK = 0.2
 """Seconds between two looks at what has become of the tickets."""
@@ -318,6 +319,9 @@ class _Wait:
         self._stack.callback(responder.stop)
         agent = parts.make_agent(app)
         if agent is not None:
+            from certworker.embedded import EmbeddedNode  # slow to import, see `parts.make_agent`
+            from certworker.steps.publish import publish_changes
+
             if app.settings.auto_publish == "on":
                 publish_changes(app.db, app.clock, app.defaults, leave_out=app.leave_out, always=True)
             self._node = EmbeddedNode(agent, self._wake.set)

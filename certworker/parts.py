@@ -7,43 +7,35 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from certworker.ca.client import Client, ExternalAccount
 from certworker.ca.transport import Transport
-from certworker.core.delivery import EVERYTHING, collect_changes
-from certworker.core.rollout import CertificateChanges, Cursor, Heartbeat
-from certworker.core.snapshot import read_snapshot
-from certworker.errors import InputError, VersionRefused
-from certworker.node.agent import Agent
-from certworker.node.control import PublishedVersion
-from certworker.node.folder import Folder
-from certworker.node.patience import Patience
-from certworker.outpost import make_proxy
-from certworker.resolver import look_up, look_up_caa
 from certworker.responder import Responder
 from certworker.settings import Settings
 from certworker.steps.barrier import Barrier
-from certworker.steps.deliver import read_changes
-from certworker.steps.fleet import Fleet
 from certworker.steps.gate import Gate
-from certworker.steps.identity import take_identity
 from certworker.steps.pace import Pace, Paces
 from certworker.steps.register import Accounts, Registration
 from certworker.steps.session import Bench, Session
-from certworker.store import challenges, nodes, versions
+from certworker.store import challenges
 from certworker.store.journal import Journal
-from certworker.store.listen import Listener
 from certworker.wiring import App
 
 if TYPE_CHECKING:
     from certworker.api.node import NodeApi
+    from certworker.node.agent import Agent
+    from certworker.resolver import Addresses
+    from certworker.store.listen import Listener
 
 
-def make_listener(app: App, on_notice: Callable[[str], object]) -> Listener | None:
+def make_listener(app: App, on_notice: Callable[[str], object]) -> "Listener | None":
     """Return what hears of new rows, not started; an embedded database has one worker, which knows."""
-    return None if app.db.embedded else Listener(app.settings.database_url, on_notice)
+    if app.db.embedded:
+        return None
+    from certworker.store.listen import Listener  # psycopg is slow to import, and SQLite does not need it
+
+    return Listener(app.settings.database_url, on_notice)
 
 
 def make_accounts(app: App) -> Accounts:
@@ -75,11 +67,23 @@ def make_bench(app: App, worker_id: str, moved: Callable[[Session], None]) -> Be
     s, accounts = app.settings, make_accounts(app)
     return Bench(
         app.db, Journal(app.db), accounts.client, accounts, make_gate(app, worker_id), s.acme_rate_limits, app.sealer,
-        app.clock, Paces(Pace(), Pace()), random.SystemRandom().random, lambda name: look_up(name, s.dns_resolver),
-        lambda name: look_up_caa(name, s.dns_resolver),
+        app.clock, Paces(Pace(), Pace()), random.SystemRandom().random, lambda name: _look_up(name, s.dns_resolver),
+        lambda name: _look_up_caa(name, s.dns_resolver),
         Barrier(app.db, s.node_silent).why_not,
         moved,
     )  # fmt: skip
+
+
+def _look_up(dns_name: str, server: str | None) -> "Addresses":
+    from certworker.resolver import look_up  # dnspython is slow to import, and only failures need it
+
+    return look_up(dns_name, server)
+
+
+def _look_up_caa(dns_name: str, server: str | None) -> str:
+    from certworker.resolver import look_up_caa  # likewise
+
+    return look_up_caa(dns_name, server)
 
 
 def make_responder(app: App, on_fetch: Callable[[str], object]) -> Responder:
@@ -99,48 +103,26 @@ def make_node_api(app: App) -> "NodeApi | None":
     if s.node_listen is None:
         return None
     from certworker.api.node import NodeApi, make_tls  # FastAPI is slow to import, and few have a node API
+    from certworker.steps.fleet import Fleet
+    from certworker.steps.identity import take_identity
 
     identity = take_identity(app.db, app.sealer)
     tls = make_tls(identity.certificate_pem, identity.key_pem)
     return NodeApi(s.node_listen, Fleet(app.db, app.sealer, app.clock, s.node_silent), tls)
 
 
-def make_agent(app: App) -> Agent | None:
+def make_agent(app: App) -> "Agent | None":
     """Return the embedded node's agent, None if this machine has no proxy to manage."""
     s = app.settings
     if s.embedded_node == "none":
         return None
+    # As slow to import as half of the rest, and the proxies of many workers are on other machines.
+    from certworker.node.agent import Agent
+    from certworker.node.folder import Folder
+    from certworker.node.patience import Patience
+    from certworker.outpost import make_proxy
+    from certworker.source import DatabaseSource
+
     folder, patience = Folder(s.data_dir / "node"), Patience()
     proxy = make_proxy(s.embedded_node, s, folder, patience)
     return Agent(s.node_name, DatabaseSource(app), folder, proxy, patience, random.SystemRandom())
-
-
-class DatabaseSource:
-    """What an embedded node asks: the database itself. A `node.control.Source`."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    def published(self) -> PublishedVersion | None:
-        found = self._app.db.read(versions.find_published)
-        if found is None:
-            return None
-        try:
-            return PublishedVersion(found.id, found.number or 0, read_snapshot(found.snapshot_json))
-        except InputError as refused:
-            raise VersionRefused(
-                f"version {found.number} cannot be read: {refused}; another program or a newer release wrote it, "
-                "`certworker config publish` serves the rows instead"
-            ) from None
-
-    def changes_after(self, cursor: Cursor) -> CertificateChanges:
-        db, sealer = self._app.db, self._app.sealer
-        return collect_changes(
-            lambda after, continued: db.read(
-                lambda tx: read_changes(tx, sealer, after, EVERYTHING, continued=continued)
-            ),
-            cursor,
-        )
-
-    def report(self, heartbeat: Heartbeat) -> None:
-        self._app.db.write(lambda tx: nodes.record(tx, heartbeat, f"certworker {version('certworker')}"))

@@ -19,8 +19,8 @@ from certworker.ca.client import ExternalAccount
 from certworker.cli.pebble import Pebble
 from certworker.core.rollout import Cursor
 from certworker.errors import SealError
-from certworker.parts import DatabaseSource
 from certworker.settings import load
+from certworker.source import DatabaseSource
 from certworker.store import accounts, certificates, issuances
 from certworker.store.seal import Sealer, read_kek
 from certworker.wiring import open_app

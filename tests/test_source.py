@@ -9,8 +9,8 @@ from sqlalchemy import Connection
 from certworker.core.gateway import Defaults
 from certworker.core.rollout import Cursor
 from certworker.errors import VersionRefused
-from certworker.parts import DatabaseSource
 from certworker.settings import load
+from certworker.source import DatabaseSource
 from certworker.steps.publish import publish
 from certworker.store import certificates
 from certworker.store.database import Database
