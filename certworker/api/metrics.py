@@ -1,6 +1,12 @@
-"""What `/metrics` shows, read from facts when it is asked for: nothing here keeps counts of its own."""
+"""What `/metrics` shows, read from facts when it is asked for.
 
-from collections.abc import Iterable, Mapping
+Kept is only what costs as much as there is: rows by status. A scraper that comes every few seconds would otherwise
+keep a database with a million certificates busy.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Protocol
 
@@ -39,11 +45,39 @@ class Facts(Protocol):
         """Return the responder's answers by kind."""
 
 
+Counts = Mapping[str, Mapping[str, int]]
+
+_REST = 100
+"""Times as long as the last count took, the next one waits: one part in a hundred is what counting may cost."""
+
+
+class Seldom:
+    """Counts anew when it is time, and else says what was counted last; any number of threads may ask."""
+
+    def __init__(self, count: Callable[[], Counts], stopwatch: Callable[[], float] = time.monotonic) -> None:
+        self._count = count
+        self._stopwatch = stopwatch
+        self._lock = threading.Lock()
+        self._counted: Counts = {}
+        self._again_at: float | None = None
+        """By the stopwatch; None: nothing was counted yet."""
+
+    def __call__(self) -> Counts:
+        with self._lock:
+            began = self._stopwatch()
+            if self._again_at is None or began >= self._again_at:
+                self._counted = self._count()
+                ended = self._stopwatch()
+                self._again_at = ended + (ended - began) * _REST
+            return self._counted
+
+
 class FactsCollector(Collector):
     """Turns facts into metric families."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
+        self._counts = Seldom(facts.counts)
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -62,8 +96,9 @@ class FactsCollector(Collector):
         )
         overdue.add_metric([], self._facts.overdue())
         yield overdue
-        for table, by_status in self._facts.counts().items():
-            family = GaugeMetricFamily(f"certworker_{table}", f"Rows of {table} by status", labels=["status"])
+        for table, by_status in self._counts().items():
+            help_text = f"Rows of {table} by status, as counted last: so often that counting takes 1 % of the time"
+            family = GaugeMetricFamily(f"certworker_{table}", help_text, labels=["status"])
             for status, count in sorted(by_status.items()):
                 family.add_metric([status], count)
             yield family

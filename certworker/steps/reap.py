@@ -24,7 +24,7 @@ from certworker.store.database import Database
 
 TOKENS = timedelta(minutes=10)
 HISTORY = timedelta(days=30)
-"""A closed issuance is kept so long, and in any case until its certificate's own end."""
+"""A closed issuance is kept so long, and in any case until its certificate's own end; at most so long after both."""
 ABANDONED = timedelta(days=1)
 """An issuance that nobody wants and no worker moves is closed after this."""
 TOMBSTONES = timedelta(days=30)
@@ -37,6 +37,8 @@ KEPT_VERSIONS = 100
 """Archived versions and drafts, besides the published one and what a node still serves."""
 _MOST_BUCKETS = 1000
 """In one call: each certificate has some."""
+_MOST_PAGES = 20
+"""Of issuances in one call, for which a stop waits. A million certificates of six days leave 3 in ten minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +56,18 @@ class Reaped:
     versions: int
 
 
-def reap(db: Database, clock: Clock) -> Reaped:
-    """Delete what nothing needs any more."""
+def reap(db: Database, clock: Clock, page: int = 500) -> Reaped:
+    """Delete what nothing needs any more; of issuances `page` in one transaction."""
 
-    def all_of_it(tx: Connection) -> Reaped:
+    forgotten = _forget_history(db, clock, page)
+
+    def the_rest(tx: Connection) -> Reaped:
         now = clock()
         workers.bury(tx)
         return Reaped(
             abandoned=issuances.cancel_abandoned(tx, now - ABANDONED, now),
             tokens=challenges.withdraw_stale(tx, now - TOKENS),
-            issuances=issuances.forget_keys(tx, now - HISTORY, now),
+            issuances=forgotten,
             tombstones=certificates.forget_removed(tx, now - TOMBSTONES)
             + thumbprints.forget_removed(tx, now - TOMBSTONES),
             versions=versions.forget_old(tx, KEPT_VERSIONS),
@@ -71,4 +75,15 @@ def reap(db: Database, clock: Clock) -> Reaped:
             buckets=budget.forget_full(tx, now - FULL_BUCKETS, _MOST_BUCKETS),
         )
 
-    return db.write(all_of_it)
+    return db.write(the_rest)
+
+
+def _forget_history(db: Database, clock: Clock, page: int) -> int:
+    """Delete closed issuances: each certificate leaves one behind, and thousands may have ended together."""
+    forgotten = 0
+    for _ in range(_MOST_PAGES):
+        count = db.write(lambda tx: issuances.forget_keys(tx, clock() - HISTORY, clock(), page))
+        forgotten += count
+        if not count:
+            break
+    return forgotten

@@ -20,6 +20,7 @@ from sqlalchemy import (
     TextClause,
     bindparam,
     case,
+    delete,
     exists,
     literal,
     or_,
@@ -482,17 +483,23 @@ def bring_forward(tx: Connection, issuance_id: str, now: datetime) -> None:
 
 
 def forget_keys(tx: Connection, ended_before: datetime, now: datetime, limit: int = 500) -> int:
-    """Delete closed issuances whose certificate, if any, has ended; return how many."""
-    old = (
-        select(issuances.c.id)
-        .where(
-            issuances.c.closed_at < ended_before,
-            or_(issuances.c.not_after.is_(None), issuances.c.not_after <= now),
-        )
-        .order_by(issuances.c.closed_at)
-        .limit(limit)
+    """Delete up to `limit` closed issuances whose certificate, if any, has ended; return how many.
+
+    What was closed after `ended_before` stays. It may hold up what ended after it, for as long: only the first
+    `limit` that have ended are looked at, not all that ended lately.
+    """
+    closed = issuances.c.closed_at < ended_before
+    fruitless = select(issuances.c.id).where(closed, issuances.c.not_after.is_(None))
+    gone = _delete(tx, fruitless.order_by(issuances.c.closed_at).limit(limit))
+    ended = select(issuances.c.id, issuances.c.closed_at).where(
+        issuances.c.closed_at.is_not(None), issuances.c.not_after <= now
     )
-    return tx.execute(issuances.delete().where(issuances.c.id.in_(old.scalar_subquery()))).rowcount
+    first = ended.order_by(issuances.c.not_after).limit(limit - gone).subquery()
+    return gone + _delete(tx, select(first.c.id).where(first.c.closed_at < ended_before))
+
+
+def _delete(tx: Connection, ids: Select[Any]) -> int:
+    return tx.execute(delete(issuances).where(issuances.c.id.in_(ids))).rowcount
 
 
 def _is_free() -> ColumnElement[bool]:

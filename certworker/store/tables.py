@@ -180,6 +180,12 @@ certificates = _table(
         sqlite_where=text("status = 'expired'"),
         postgresql_where=text("status = 'expired'"),
     ),
+    Index(
+        "ix_certificates_error",
+        "updated_at",
+        sqlite_where=text("status = 'error'"),
+        postgresql_where=text("status = 'error'"),
+    ),
     Index("uq_certificates_lineage_id", "lineage_id", unique=True),
     Index(None, "revision"),
 )
@@ -430,11 +436,18 @@ issuances = _table(
     ),
     Index("uq_issuances_spki_sha256", "spki_sha256", unique=True),
     Index("ix_issuances_history", "lineage_id", "created_at"),
+    # What the reaper finds: with a certificate by its end, without one by when it was closed.
     Index(
-        "ix_issuances_closed_at",
+        "ix_issuances_ended",
+        "not_after",
+        sqlite_where=text("closed_at IS NOT NULL AND not_after IS NOT NULL"),
+        postgresql_where=text("closed_at IS NOT NULL AND not_after IS NOT NULL"),
+    ),
+    Index(
+        "ix_issuances_fruitless",
         "closed_at",
-        sqlite_where=text("closed_at IS NOT NULL"),
-        postgresql_where=text("closed_at IS NOT NULL"),
+        sqlite_where=text("closed_at IS NOT NULL AND not_after IS NULL"),
+        postgresql_where=text("closed_at IS NOT NULL AND not_after IS NULL"),
     ),
 )
 
@@ -458,6 +471,7 @@ removed_certificates = _table(
     Column("revision", BigInteger, nullable=False),
     Column("removed_at", UtcTime, nullable=False),
     Index(None, "revision"),
+    Index(None, "removed_at"),
 )
 
 thumbprints = _table(
@@ -467,6 +481,12 @@ thumbprints = _table(
     Column("revision", BigInteger, nullable=False),
     Column("updated_at", UtcTime, nullable=False),
     Index(None, "revision"),
+    Index(
+        "ix_thumbprints_removed",
+        "updated_at",
+        sqlite_where=text("thumbprint IS NULL"),
+        postgresql_where=text("thumbprint IS NULL"),
+    ),
 )
 
 counters = _table(

@@ -8,6 +8,7 @@ from http.client import HTTPConnection
 
 import pytest
 
+from certworker.api.metrics import Seldom
 from certworker.api.server import ApiServer
 from certworker.errors import CertworkerError, StoreError
 
@@ -123,6 +124,41 @@ def test_metrics_show_the_facts(get: Callable[[str], tuple[int, str]]) -> None:
     assert 'certworker_step_errors_total{step="scan"} 2.0' in body
     assert 'certworker_challenge_answers_total{kind="answered"} 5.0' in body
     assert f"certworker_last_scan_timestamp_seconds {NOW.timestamp():.9e}"[:40] in body
+
+
+def test_what_costs_as_much_as_there_is_is_counted_seldom() -> None:
+    """After a hundred times as long as it took; until then the last count stands."""
+    now, counted = [0.0], []
+
+    def count() -> dict[str, dict[str, int]]:
+        now[0] += 0.5
+        counted.append(now[0])
+        return {"certificates": {"active": len(counted)}}
+
+    counts = Seldom(count, lambda: now[0])
+    found = []
+    for moment in (0.0, 15.0, 50.4, 50.5, 60.0, 101.0, 102.0):
+        now[0] = moment
+        found.append(counts()["certificates"]["active"])
+
+    assert found == [1, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_count_that_failed_is_made_again() -> None:
+    """The database was away: the next scrape asks anew."""
+    answers = iter([StoreError("gone"), {"certificates": {"active": 1}}])
+
+    def count() -> Mapping[str, Mapping[str, int]]:
+        answer = next(answers)
+        if isinstance(answer, StoreError):
+            raise answer
+        return answer
+
+    counts = Seldom(count)
+    with pytest.raises(StoreError):
+        counts()
+
+    assert counts() == {"certificates": {"active": 1}}
 
 
 def test_unknown_paths_are_404(get: Callable[[str], tuple[int, str]]) -> None:

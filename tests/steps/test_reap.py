@@ -2,15 +2,17 @@
 
 from datetime import timedelta
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from certworker.core.budget import Limit, validations_bucket
-from certworker.steps.reap import FULL_BUCKETS, reap
-from certworker.store import budget, workers
+from certworker.steps.reap import FULL_BUCKETS, HISTORY, reap
+from certworker.store import budget, certificates, challenges, issuances, thumbprints, workers
 from certworker.store.rows import new_id
+from certworker.store.tables import issuances as rows
 from certworker.store.tables import rate_buckets
+from tests.store.plans import explain
 
-from .world import World
+from .world import START, World
 
 LIMIT = Limit(3, timedelta(hours=2))
 
@@ -51,3 +53,47 @@ def test_a_worker_s_row_is_judged_by_the_database_s_time(world: World) -> None:
     reap(world.db, world.clock)
 
     assert [worker.id for worker in world.db.read(workers.alive)] == [world.worker]
+
+
+# -- what it costs --------------------------------------------------------------------------------------
+
+
+def test_what_is_reaped_is_found_by_its_index(world: World) -> None:
+    """However many issuances, tombstones and hosts there are, and however many of them stay."""
+    now = world.clock()
+    plans = {
+        "ix_issuances_fruitless": explain(world.db, lambda tx: issuances.forget_keys(tx, now, now), "DELETE"),
+        "ix_issuances_ended": explain(world.db, lambda tx: issuances.forget_keys(tx, now, now), "DELETE", before=1),
+        "ix_issuances_due": explain(world.db, lambda tx: issuances.cancel_abandoned(tx, now, now), "UPDATE"),
+        "removed_at": explain(world.db, lambda tx: certificates.forget_removed(tx, now), "DELETE"),
+        "ix_thumbprints_removed": explain(world.db, lambda tx: thumbprints.forget_removed(tx, now), "DELETE"),
+    }
+    issuance_of = "INDEX sqlite_autoindex_issuances_1" if world.db.embedded else "pk_issuances on issuances"
+
+    assert [index for index, plan in plans.items() if index not in plan] == []
+    assert issuance_of in explain(world.db, lambda tx: challenges.withdraw_stale(tx, now), "DELETE")
+
+
+def test_a_history_longer_than_a_page_goes_in_one_call(world: World) -> None:
+    """Page by page, as far as a stop can wait; the rest in the next."""
+    for number in range(5):
+        world.issue(f"{number}.test")
+    world.clock.move(timedelta(days=365))
+
+    assert reap(world.db, world.clock, page=2).issuances == 5
+
+
+def test_what_ended_early_and_came_late_holds_up_nothing_for_good(world: World) -> None:
+    """A page of short lives is looked at first; it goes when it is old enough, and then the others."""
+    for name in ("a.test", "b.test"):
+        world.issue(name)
+    early, late = world.last_issuance("a.test"), world.last_issuance("b.test")
+    day = timedelta(days=1)
+    for row, closed_at, not_after in ((early, START - 10 * day, START - 4 * day), (late, START - 90 * day, START)):
+        values = {"closed_at": closed_at, "not_after": not_after}
+        world.db.write(lambda tx: tx.execute(update(rows).where(rows.c.id == row.id).values(**values)))  # noqa: B023
+
+    def forget(at: timedelta) -> int:
+        return world.db.write(lambda tx: issuances.forget_keys(tx, START + at - HISTORY, START + at, limit=1))
+
+    assert [forget(timedelta(0)), forget(21 * day), forget(21 * day), forget(21 * day)] == [0, 1, 1, 0]

@@ -34,6 +34,7 @@ from certworker.store.lineages import NewCertificate
 from certworker.store.rows import new_id
 from certworker.store.seal import Sealer
 from certworker.store.tables import acme_accounts, audit_logs, node_status, policy_lineages
+from certworker.store.tables import certificates as certificate_rows
 from certworker.store.tables import lineages as lineage_rows
 from certworker.store.tables import workers as worker_rows
 from certworker.store.types import seconds_from_now
@@ -820,10 +821,26 @@ def test_counts_and_rows_for_a_report(db: Database, lineage_id: str) -> None:
     assert db.read(report.counts) == {
         "certificates": {"active": 1}, "policies": {"active": 1}, "open_issuances": {"queued": 1}
     }  # fmt: skip
+    certificate_id = db.read(lambda tx: tx.execute(select(certificate_rows.c.id)).scalar_one())
+    for status in ("expired", "error"):
+        db.write(lambda tx: certificates.set_status(tx, certificate_id, status, NOW))  # noqa: B023
+        assert db.read(report.counts)["certificates"] == {status: 1}
     (row,) = db.read(report.lineage_rows)
     assert (row["id"], row["serial"], row["state"]) == (lineage_id, "01", "queued")
     assert db.read(lambda tx: report.lineage_rows(tx, "b.test")) == []
     assert len(db.read(lambda tx: report.lineage_rows(tx, "a.test"))) == 1
+
+
+def test_certificates_and_open_issuances_are_counted_by_their_indexes(db: Database) -> None:
+    """A row of a certificate is kilobytes, and closed issuances are the history of the fleet."""
+    faults = explain(db, report.counts)
+    all_of_them = explain(db, report.counts, before=1)
+    under_way = explain(db, report.counts, before=3)
+    by_an_index = "COVERING INDEX" if db.embedded else "ix_certificates_"
+
+    assert [index for index in ("ix_certificates_expired", "ix_certificates_error") if index not in faults] == []
+    assert by_an_index in all_of_them
+    assert "ix_issuances_" in under_way or "uq_issuances_open" in under_way
 
 
 # -- the gateway --------------------------------------------------------------------------------------
