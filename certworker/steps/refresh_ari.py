@@ -5,24 +5,26 @@ in the lineage's `ari_error`, never in its `error`.
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
 from certworker.ca.client import Client
 from certworker.ca.problems import classify
 from certworker.clock import Clock
 from certworker.core.renewal import RenewalInfo, choose_moment, look_after_answer, look_after_failure
 from certworker.core.retry import Endpoint, Failure, Scope
-from certworker.errors import CaError, ProblemReported, TransportFault
+from certworker.errors import CaError, ProblemReported, StoreRefused, TransportFault
 from certworker.steps.trouble import describe
 from certworker.store import renewal_info
-from certworker.store.database import Database
-from certworker.store.renewal_info import Watched
+from certworker.store.database import Database, Transaction
+from certworker.store.renewal_info import Advice, Trouble, Watched
 
 _log = logging.getLogger(__name__)
+_Note = TypeVar("_Note", Advice, Trouble)
 
 _PAGE = 100
 _AT_ONCE = 8
@@ -62,7 +64,16 @@ def refresh_ari(
     this = _Pass(db, client, clock, draw, going, closed, trouble)
     while this.goes_on() and (page := this.take()) is not None:
         this.ask_all(page)
-    return len(this.asked)
+    return this.asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """What came of one question, and when."""
+
+    watched: Watched
+    answer: RenewalInfo | CaError
+    at: datetime
 
 
 @dataclass(slots=True)
@@ -76,8 +87,7 @@ class _Pass:
     going: Callable[[], bool]
     closed: Callable[[], bool]
     trouble: Callable[[Failure], None]
-    asked: list[str] = field(default_factory=list)
-    """Ids of lineages."""
+    asked: int = 0
     silent: int = 0
     """Questions in a row that got no answer, or about so many: threads that count at once may miss one."""
     fault: Exception | None = None
@@ -91,69 +101,98 @@ class _Pass:
         return self.db.write(lambda tx: renewal_info.due(tx, url, self.clock(), _PAGE, _HOLD))
 
     def ask_all(self, page: list[Watched]) -> None:
-        """Ask about a page, several at a time.
+        """Ask about a page, several at a time, and record what was heard.
 
-        What is left when the pass is to end is due again after the hold. A stop does not wait for a CA that
-        hangs: what such a question still brings is as good as what a later one would.
+        What is left when the pass is to end is due again after the hold, as is a page that a crash loses. A stop
+        does not wait for a CA that hangs: what such a question still brings is as good as what a later one would.
         """
-        waiting: SimpleQueue[Watched] = SimpleQueue()
+        waiting, heard = SimpleQueue[Watched](), list[_Heard]()
         for watched in page:
             waiting.put(watched)
-        threads = [Thread(target=self._work, args=[waiting], name="ari", daemon=True) for _ in page[:_AT_ONCE]]
+        threads = [Thread(target=self._work, args=[waiting, heard], name="ari", daemon=True) for _ in page[:_AT_ONCE]]
         for thread in threads:
             thread.start()
         for thread in threads:
             while thread.is_alive() and self.going():
                 thread.join(_NOTICE)
+        self._record_all(list(heard))
         if self.fault is not None:
             raise self.fault
 
-    def _work(self, waiting: SimpleQueue[Watched]) -> None:
+    def _work(self, waiting: SimpleQueue[Watched], heard: list[_Heard]) -> None:
         try:
             while self.goes_on():
-                self._ask(waiting.get_nowait())
+                heard.append(self._ask(waiting.get_nowait()))
         except Empty:
             return
         except Exception as error:  # noqa: BLE001 - raised where the pass was asked for
             self.fault = error
 
-    def _ask(self, watched: Watched) -> None:
-        """Ask about one certificate, and record what was said."""
-        self.asked.append(watched.lineage_id)
+    def _ask(self, watched: Watched) -> _Heard:
+        answer: RenewalInfo | CaError
         try:
-            said = self.client.fetch_renewal_info(watched.renewal_id)
+            answer = self.client.fetch_renewal_info(watched.renewal_id)
         except CaError as error:
-            self.silent = self.silent + 1 if isinstance(error, TransportFault) else 0
-            self._record_failure(watched, error)
-        else:
-            self.silent = 0
-            self._record(watched, said)
+            answer = error
+            failure = classify(error, Endpoint.RENEWAL_INFO)
+            if failure.scope is Scope.CA:
+                self.trouble(failure)
+        self.silent = self.silent + 1 if isinstance(answer, TransportFault) else 0
+        return _Heard(watched, answer, self.clock())
 
-    def _record(self, watched: Watched, said: RenewalInfo) -> None:
-        now, planned_at = self.clock(), watched.planned_at
+    def _record_all(self, heard: list[_Heard]) -> None:
+        self.asked += len(heard)
+        answers, troubles = list[Advice](), list[Trouble]()
+        for one in heard:
+            if isinstance(one.answer, CaError):
+                troubles.append(_trouble(one.watched, one.answer, one.at))
+            else:
+                answers.append(self._advice(one.watched, one.answer, one.at))
+        self._record(renewal_info.record, answers)
+        self._record(renewal_info.record_trouble, troubles)
+        for advice in answers:
+            _tell_if_moved(advice)
+
+    def _record(self, write: Callable[[Transaction, Sequence[_Note]], None], notes: Sequence[_Note]) -> None:
+        """Write all of them at once; one that the database will not have is left out, and asked about again."""
+        if not notes:
+            return
+        try:
+            self.db.write(lambda tx: write(tx, notes))
+        except StoreRefused as error:
+            if len(notes) == 1:
+                names = notes[0].watched.dns_names[:3]
+                _log.error("ari.refused", extra={"names": names, "error": str(error)})
+                return
+            for note in notes:
+                self._record(write, [note])
+
+    def _advice(self, watched: Watched, said: RenewalInfo, at: datetime) -> Advice:
+        planned_at = watched.planned_at
         if said.window != watched.window or planned_at is None:
             # Once for each window: drawing again at every look would favour early moments.
             planned_at = choose_moment(said.window, watched.validity, self.draw())
-        check_at = now + look_after_answer(said.retry_after)
-        self.db.write(lambda tx: renewal_info.record(tx, watched, said, planned_at, check_at, now))
-        if watched.window is not None and said.window != watched.window:
-            _log.warning(
-                "ari.window_moved",
-                extra={
-                    "names": watched.dns_names[:3], "from": watched.window.start.isoformat(),
-                    "to": said.window.start.isoformat(), "renew_at": planned_at.isoformat(),
-                    "explanation": said.explanation_url,
-                },
-            )  # fmt: skip
+        return Advice(watched, said, planned_at, at + look_after_answer(said.retry_after), at)
 
-    def _record_failure(self, watched: Watched, error: CaError) -> None:
-        now, failure = self.clock(), classify(error, Endpoint.RENEWAL_INFO)
-        wait = look_after_failure(watched.failures + 1, passing=_is_passing(error), retry_after=failure.retry_after)
-        shown = dict(describe(failure, now, now + wait))
-        self.db.write(lambda tx: renewal_info.record_failure(tx, watched, shown, now + wait, now))
-        _log.info("ari.trouble", extra={"names": watched.dns_names[:3], "error": failure.detail})
-        if failure.scope is Scope.CA:
-            self.trouble(failure)
+
+def _trouble(watched: Watched, error: CaError, at: datetime) -> Trouble:
+    failure = classify(error, Endpoint.RENEWAL_INFO)
+    wait = look_after_failure(watched.failures + 1, passing=_is_passing(error), retry_after=failure.retry_after)
+    _log.info("ari.trouble", extra={"names": watched.dns_names[:3], "error": failure.detail})
+    return Trouble(watched, dict(describe(failure, at, at + wait)), at + wait, at)
+
+
+def _tell_if_moved(advice: Advice) -> None:
+    watched, said = advice.watched, advice.said
+    if watched.window is not None and said.window != watched.window:
+        _log.warning(
+            "ari.window_moved",
+            extra={
+                "names": watched.dns_names[:3], "from": watched.window.start.isoformat(),
+                "to": said.window.start.isoformat(), "renew_at": advice.planned_at.isoformat(),
+                "explanation": said.explanation_url,
+            },
+        )  # fmt: skip
 
 
 def _is_passing(error: CaError) -> bool:

@@ -4,11 +4,12 @@ Every write names the certificate and the look that it comes from. A look that t
 certificate was replaced meanwhile, or that another worker asked too, changes nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, case, exists, literal, null, or_, select, text, update
+from sqlalchemy import Connection, Row, Update, and_, bindparam, case, exists, null, or_, select, text, update
 
 from certworker.core.certificate import Validity
 from certworker.core.issuance import State
@@ -35,9 +36,58 @@ class Watched:
     held_until: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What the CA said of a certificate at `at`, the moment that was drawn from it, and when to ask again."""
+
+    watched: Watched
+    said: RenewalInfo
+    planned_at: datetime
+    check_at: datetime
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why the CA could not be asked at `at`, and when to try again."""
+
+    watched: Watched
+    error: dict[str, Any]
+    check_at: datetime
+    at: datetime
+
+
+_DUE = (lineages.c.directory_url == bindparam("ca"), lineages.c.ari_check_at <= bindparam("now"))
+_ANY_DUE = select(1).where(*_DUE).limit(1)
+_LONGEST_DUE = (
+    select(lineages.c.id)
+    .where(*_DUE)
+    .order_by(lineages.c.ari_check_at)
+    .limit(bindparam("most"))
+    .with_for_update(skip_locked=True)
+)
+_VALID = and_(lineages.c.renewal_id.is_not(None), lineages.c.not_after > bindparam("now"))
+_WANTED = lineages.c.next_check_at.is_not(None)
+_NEXT_LOOK = case(
+    (and_(_VALID, _WANTED), bindparam("held_until", type_=UtcTime)),
+    (_VALID, bindparam("looked_at_again", type_=UtcTime)),
+    else_=null(),
+)
+_TAKE = (
+    update(lineages)
+    .where(lineages.c.id.in_(bindparam("ids", expanding=True)))
+    .values(ari_check_at=_NEXT_LOOK)
+    .returning(
+        lineages.c.id, lineages.c.dns_names, lineages.c.renewal_id, lineages.c.not_before, lineages.c.not_after,
+        lineages.c.window_start, lineages.c.window_end, lineages.c.renew_at, lineages.c.ari_failures,
+        lineages.c.ari_check_at, lineages.c.next_check_at,
+    )
+)  # fmt: skip
+
+
 def any_due(tx: Connection, directory_url: str, now: datetime) -> bool:
     """Say whether there is a certificate that this CA is to be asked about by `now`."""
-    return tx.execute(select(1).where(*_due(directory_url, now)).limit(1)).first() is not None
+    return tx.execute(_ANY_DUE, {"ca": directory_url, "now": now}).first() is not None
 
 
 def due(tx: Connection, directory_url: str, now: datetime, limit: int, hold: timedelta) -> list[Watched] | None:
@@ -46,18 +96,12 @@ def due(tx: Connection, directory_url: str, now: datetime, limit: int, hold: tim
     They are not due again before `hold` is over, so that two workers do not ask twice. A certificate that has
     ended is never asked about again, one that nobody wants not while that is so: neither is returned.
     """
-    query = select(lineages.c.id).where(*_due(directory_url, now)).order_by(lineages.c.ari_check_at).limit(limit)
-    ids = list(tx.execute(query.with_for_update(skip_locked=True)).scalars())
+    ids = list(tx.execute(_LONGEST_DUE, {"ca": directory_url, "now": now, "most": limit}).scalars())
     if not ids:
         return None
     held_until = now + hold
-    valid = and_(lineages.c.renewal_id.is_not(None), lineages.c.not_after > now)
-    wanted = lineages.c.next_check_at.is_not(None)
-    next_look = case(
-        (and_(valid, wanted), literal(held_until, UtcTime)), (valid, literal(now + _UNWANTED, UtcTime)), else_=null()
-    )
-    taken = update(lineages).where(lineages.c.id.in_(ids)).values(ari_check_at=next_look)
-    rows = tx.execute(taken.returning(*lineages.c)).all()
+    looks = {"now": now, "held_until": held_until, "looked_at_again": now + _UNWANTED}
+    rows = tx.execute(_TAKE, {"ids": ids, **looks}).all()
     return [_watched(row, held_until) for row in rows if row.ari_check_at is not None and row.next_check_at is not None]
 
 
@@ -69,42 +113,72 @@ def _watched(row: Row[Any], held_until: datetime) -> Watched:
     )  # fmt: skip
 
 
-def _due(directory_url: str, now: datetime) -> tuple[Any, ...]:
-    return lineages.c.directory_url == directory_url, lineages.c.ari_check_at <= now
+# -- what is written, of any number in one statement ----------------------------------------------------
+
+_STILL_HELD = (
+    lineages.c.id == bindparam("lineage"),
+    lineages.c.renewal_id == bindparam("asked_about"),
+    lineages.c.ari_check_at == bindparam("held_until"),
+)
+_OPEN_ONE = exists(select(1).where(issuances.c.lineage_id == lineages.c.id, text(f"issuances.{OPEN_STATE}")))
+_SOONER = bindparam("sooner", type_=UtcTime)
+_AWAITS_PLAN = or_(lineages.c.failures == 0, lineages.c.next_check_at == bindparam("planned_before", type_=UtcTime))
+# The scan looks sooner if the new plan is, and if it is a plan that it waits for. What a failure has scheduled, or
+# an issuance under way, is not brought forward: the scan obeys the new plan when it comes to that. Nor is anything
+# put off: the scan finds by itself that it came too soon.
+_NEXT_SCAN = case(
+    (and_(lineages.c.next_check_at > _SOONER, _AWAITS_PLAN, ~_OPEN_ONE), _SOONER), else_=lineages.c.next_check_at
+)
+_RECORD = (
+    update(lineages)
+    .where(*_STILL_HELD)
+    .values(
+        window_start=bindparam("start"), window_end=bindparam("end"), window_url=bindparam("explained_at"),
+        renew_at=bindparam("planned"), next_check_at=_NEXT_SCAN, ari_check_at=bindparam("again"), ari_failures=0,
+        ari_error=None, updated_at=bindparam("at"),
+    )
+)  # fmt: skip
+_RECORD_TROUBLE = (
+    update(lineages)
+    .where(*_STILL_HELD)
+    .values(
+        ari_check_at=bindparam("again"), ari_failures=bindparam("failed"), ari_error=bindparam("said"),
+        updated_at=bindparam("at"),
+    )
+)  # fmt: skip
 
 
-def record(
-    tx: Connection, watched: Watched, said: RenewalInfo, planned_at: datetime, check_at: datetime, now: datetime
-) -> None:
-    """Note what the CA said, the moment that was drawn from it, and when to ask again."""
-    _write(
-        tx, watched, now, window_start=said.window.start, window_end=said.window.end,
-        window_url=said.explanation_url, renew_at=planned_at, next_check_at=_next_check(watched, planned_at),
-        ari_check_at=check_at, ari_failures=0, ari_error=None,
-    )  # fmt: skip
+def record(tx: Connection, answers: Sequence[Advice]) -> None:
+    """Note what the CA said of each of these."""
+    _write(tx, _RECORD, [
+        {
+            **_held(one.watched), "start": one.said.window.start, "end": one.said.window.end,
+            "explained_at": one.said.explanation_url, "planned": one.planned_at, "again": one.check_at, "at": one.at,
+            "sooner": due_at(one.watched.validity, one.planned_at),
+            "planned_before": due_at(one.watched.validity, one.watched.planned_at),
+        }
+        for one in answers
+    ])  # fmt: skip
 
 
-def _next_check(watched: Watched, planned_at: datetime) -> Any:
-    """Return when the scan looks next: sooner if the new plan is, and if it is a plan that the scan waits for.
-
-    What a failure has scheduled, or an issuance under way, is not brought forward: the scan obeys the new plan
-    when it comes to that. Nor is anything put off: the scan finds by itself that it came too soon.
-    """
-    at, sooner = lineages.c.next_check_at, due_at(watched.validity, planned_at)
-    open_one = exists(select(1).where(issuances.c.lineage_id == lineages.c.id, text(f"issuances.{OPEN_STATE}")))
-    awaits_plan = or_(lineages.c.failures == 0, at == due_at(watched.validity, watched.planned_at))
-    return case((and_(at > sooner, awaits_plan, ~open_one), literal(sooner, UtcTime)), else_=at)
-
-
-def record_failure(tx: Connection, watched: Watched, error: dict[str, Any], check_at: datetime, now: datetime) -> None:
-    """Note why the CA could not be asked, and when to try again; the last window and its moment stay."""
-    _write(tx, watched, now, ari_check_at=check_at, ari_failures=watched.failures + 1, ari_error=error)
+def record_trouble(tx: Connection, troubles: Sequence[Trouble]) -> None:
+    """Note why the CA could not be asked about each of these; the last window and its moment stay."""
+    _write(tx, _RECORD_TROUBLE, [
+        {
+            **_held(one.watched), "again": one.check_at, "failed": one.watched.failures + 1, "said": one.error,
+            "at": one.at,
+        }
+        for one in troubles
+    ])  # fmt: skip
 
 
-def _write(tx: Connection, watched: Watched, now: datetime, **values: Any) -> None:
-    same = (lineages.c.renewal_id == watched.renewal_id, lineages.c.ari_check_at == watched.held_until)
-    row = update(lineages).where(lineages.c.id == watched.lineage_id, *same)
-    tx.execute(row.values(**values, updated_at=now))
+def _held(watched: Watched) -> dict[str, Any]:
+    return {"lineage": watched.lineage_id, "asked_about": watched.renewal_id, "held_until": watched.held_until}
+
+
+def _write(tx: Connection, statement: Update, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        tx.execute(statement, sorted(rows, key=lambda row: row["lineage"]))  # as everybody locks lineages
 
 
 def find_replaceable(tx: Connection, lineage_id: str, account_id: str, now: datetime) -> str | None:

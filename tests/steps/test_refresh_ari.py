@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from itertools import count
@@ -11,19 +11,20 @@ from threading import enumerate as enumerate_threads
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, bindparam, event, select, update
 
 from certworker.ca.client import Client
 from certworker.ca.transport import ANSWER_LIMIT, Response
 from certworker.core.certificate import Validity
 from certworker.core.renewal import plan_renewal
 from certworker.core.retry import Endpoint, Failure
-from certworker.errors import StoreError, TransportFault
+from certworker.errors import StoreError, StoreRefused, TransportFault
 from certworker.steps.reconcile import reconcile
 from certworker.steps.refresh_ari import refresh_ari
 from certworker.steps.scan import scan
 from certworker.store import renewal_info
 from certworker.store.database import Database, open_database
+from certworker.store.renewal_info import Advice
 from certworker.store.rows import new_id
 from certworker.store.tables import issuances, lineages
 from tests.store.given import url_of
@@ -406,19 +407,76 @@ def test_a_stop_waits_for_no_ca(world: World) -> None:
 
 
 def test_a_database_that_is_lost_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pass ends, and whoever asked for it hears why."""
+    """The pass ends with the page under way, and whoever asked for it hears why."""
 
     def fail(*_: object) -> None:
         raise StoreError("the database is gone")
 
-    add_fleet(world, 20)
+    fleet = add_fleet(world, 150)
     monkeypatch.setattr(renewal_info, "record", fail)
-    for name in [f"id.{number}.test" for number in range(20)]:
+    for name in fleet:
         world.ca.renewal_windows[name] = WINDOW
 
     with pytest.raises(StoreError, match="gone"):
         refresh(world)
-    assert asked(world) <= 8
+    assert asked(world) == 100
+
+
+def test_a_page_that_a_crash_loses_is_asked_about_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the hold is over, and not before: another worker may still be at it."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in add_fleet(world, 20):
+        world.ca.renewal_windows[name] = WINDOW
+    with monkeypatch.context() as crash:
+        crash.setattr(renewal_info, "record", die)
+        with pytest.raises(KeyboardInterrupt):
+            refresh(world)
+    assert refresh(world) == 0
+
+    world.clock.move(10 * MINUTE)
+    assert refresh(world) == 20
+    assert row_of(world).window_start == WINDOW[0]
+
+
+def test_an_answer_that_the_database_refuses_holds_up_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told, the others of its page are kept, and its certificate keeps the plan it had."""
+    for name in add_fleet(world, 20):
+        world.ca.renewal_windows[name] = WINDOW
+    keep, strange, before = renewal_info.record, world.lineage("7.test").id, row_of(world, "7.test")
+
+    def refuse(tx: Connection, answers: Sequence[Advice]) -> None:
+        keep(tx, answers)
+        if strange in {one.watched.lineage_id for one in answers}:
+            raise StoreRefused("cannot write to the database: CHECK constraint failed")
+
+    monkeypatch.setattr(renewal_info, "record", refuse)
+    assert refresh(world) == 20
+    assert world.rows("SELECT count(*) FROM lineages WHERE window_start IS NOT NULL") == [(19,)]
+    assert row_of(world, "7.test").renew_at == before.renew_at
+    assert row_of(world, "7.test").ari_check_at == START + 10 * MINUTE
+    assert [record.__dict__["names"] for record in caplog.records if record.msg == "ari.refused"] == [["7.test"]]
+
+
+def test_a_page_costs_as_many_statements_as_one(world: World) -> None:
+    """Two to take it and one for all answers; besides, a pass looks whether there is one before and after."""
+    for name in add_fleet(world, 100):
+        world.ca.renewal_windows[name] = WINDOW
+    sent: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, _values: Any, _context: Any, _many: bool) -> None:
+        if not statement.startswith("BEGIN"):
+            sent.append(statement.split()[0])
+
+    event.listen(world.db.engine, "before_cursor_execute", note)
+    assert refresh(world) == 100
+    event.remove(world.db.engine, "before_cursor_execute", note)
+
+    assert sent == ["SELECT", "SELECT", "UPDATE", "UPDATE", "SELECT"]
 
 
 def test_workers_share_the_questions(db: Database) -> None:

@@ -11,7 +11,7 @@ from certworker.core.issuance import State
 from certworker.core.renewal import RenewalInfo, Window
 from certworker.store import accounts, issuances, renewal_info
 from certworker.store.database import Database
-from certworker.store.renewal_info import Watched
+from certworker.store.renewal_info import Advice, Trouble, Watched
 from certworker.store.rows import new_id
 from certworker.store.tables import issuances as issuance_rows
 from certworker.store.tables import lineages as lineage_rows
@@ -62,7 +62,12 @@ def change(db: Database, lineage_id: str, **columns: Any) -> None:
 
 
 def record(db: Database, watched: Watched, said: RenewalInfo = SAID, planned_at: Any = CHOSEN) -> None:
-    db.write(lambda tx: renewal_info.record(tx, watched, said, planned_at, NOW + 6 * HOUR, NOW))
+    answers = [Advice(watched, said, planned_at, NOW + 6 * HOUR, NOW)]
+    db.write(lambda tx: renewal_info.record(tx, answers))
+
+
+def fail(db: Database, watched: Watched, error: dict[str, Any]) -> None:
+    db.write(lambda tx: renewal_info.record_trouble(tx, [Trouble(watched, error, NOW + MINUTE, NOW)]))
 
 
 # -- what is due ----------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def test_a_failure_is_kept_beside_the_last_answer(db: Database) -> None:
     """The window and its moment stay; the lineage's own error is not touched."""
     lineage_id = serve(db, window_start=NOW, window_end=NOW + DAY, ari_failures=1, failures=2, error={"class": "caa"})
     watched = take_one(db)
-    db.write(lambda tx: renewal_info.record_failure(tx, watched, {"class": "transient"}, NOW + MINUTE, NOW))
+    fail(db, watched, {"class": "transient"})
     row = row_of(db, lineage_id)
 
     assert (row.ari_check_at, row.ari_failures, row.ari_error) == (NOW + MINUTE, 2, {"class": "transient"})
@@ -194,7 +199,7 @@ def test_an_answer_that_comes_too_late_changes_nothing(db: Database, meanwhile: 
     change(db, lineage_id, **meanwhile)
     before = row_of(db, lineage_id)
     record(db, watched)
-    db.write(lambda tx: renewal_info.record_failure(tx, watched, {}, NOW + MINUTE, NOW))
+    fail(db, watched, {})
 
     assert row_of(db, lineage_id) == before
 
