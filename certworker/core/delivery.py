@@ -5,11 +5,14 @@ for more than that gets no more.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-from certworker.core.rollout import CertificateChanges, Cursor
+from certworker.core.rollout import CertificateChanges, Cursor, NodeCertificate
 from certworker.core.snapshot import Snapshot
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,24 +123,41 @@ def collect_changes(read: Callable[[Cursor, bool], CertificateChanges], cursor: 
     needs no tombstones from before its beginning.
     """
     page = read(cursor, False)
-    whole = page.complete
+    collected = _Collected(page.complete)
+    collected.add(page)
     while page.more:
-        following = read(page.cursor, whole)
-        page = following if following.complete else _joined(page, following)
-        whole = whole or following.complete
-    return page
+        page = read(page.cursor, collected.complete)
+        if page.complete:
+            collected = _Collected(complete=True)
+        collected.add(page)
+    return collected.up_to(page.cursor)
 
 
-def _joined(first: CertificateChanges, second: CertificateChanges) -> CertificateChanges:
-    changed = {one.id: one for one in first.changed if one.id not in second.removed}
-    changed |= {one.id: one for one in second.changed}
-    kept = {host: value for host, value in first.thumbprints.items() if host not in second.removed_hosts}
-    thumbprints = {**kept, **second.thumbprints}
-    return replace(
-        second,
-        changed=tuple(changed.values()),
-        removed=(first.removed | second.removed) - changed.keys(),
-        thumbprints=thumbprints,
-        removed_hosts=(first.removed_hosts | second.removed_hosts) - thumbprints.keys(),
-        complete=first.complete,
-    )
+@dataclass(slots=True)
+class _Collected:
+    """Pages as one, in the order of their revisions: what a later one says of a certificate or host holds."""
+
+    complete: bool
+    changed: dict[str, NodeCertificate] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
+    thumbprints: dict[str, str] = field(default_factory=dict)
+    removed_hosts: set[str] = field(default_factory=set)
+
+    def add(self, page: CertificateChanges) -> None:
+        """Take a page in; costs what it holds, not what there is already."""
+        _take_over(self.changed, self.removed, {one.id: one for one in page.changed}, page.removed)
+        _take_over(self.thumbprints, self.removed_hosts, page.thumbprints, page.removed_hosts)
+
+    def up_to(self, cursor: Cursor) -> CertificateChanges:
+        return CertificateChanges(
+            cursor, tuple(self.changed.values()), frozenset(self.removed), self.complete,
+            thumbprints=self.thumbprints, removed_hosts=frozenset(self.removed_hosts),
+        )  # fmt: skip
+
+
+def _take_over(there: dict[str, T], gone: set[str], newer: Mapping[str, T], removed: Iterable[str]) -> None:
+    for name in removed:
+        there.pop(name, None)
+        gone.add(name)
+    there.update(newer)
+    gone.difference_update(newer)

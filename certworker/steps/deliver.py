@@ -19,9 +19,9 @@ from certworker.store import (
     certificates,
     counters,
     enrolments,
+    gateway,
     lineages,
     nodes,
-    policies,
     settings_kv,
     thumbprints,
     versions,
@@ -144,7 +144,7 @@ def _sort(
     """Return what is to be served, and the ids of what is not, or not by nodes of this scope."""
     active = [one for one in page if one.status == "active"]
     linked = lineages.policy_ids_of(tx, {one.lineage_id for one in active if one.lineage_id})
-    policies_of = {one.id: _policy_ids(tx, one, linked) for one in active}
+    policies_of = _policy_ids(tx, active, linked)
     allowed = [one for one in active if scope.covers(policies_of[one.id])]
     changed = [_open(sealer, one, policies_of[one.id], linked) for one in allowed]
     gone = {one.id for one in page} - {one.id for one in allowed}
@@ -155,14 +155,17 @@ Linked = Mapping[str | None, list[str]]
 """The policies that name a lineage, by its id."""
 
 
-def _policy_ids(tx: Connection, certificate: StoredCertificate, linked: Linked) -> frozenset[str]:
-    """Return the policies that want it.
+def _policy_ids(tx: Connection, page: Sequence[StoredCertificate], linked: Linked) -> dict[str, frozenset[str]]:
+    """Return the policies that want each of these, by the certificate's id.
 
     Without any, those that name what it is for: it may serve for them until theirs is there.
     """
-    if wanting := linked.get(certificate.lineage_id):
-        return frozenset(wanting)
-    return frozenset(policy.id for name in certificate.dns_names or () for policy in policies.wanting(tx, name))
+    found = {one.id: frozenset(linked.get(one.lineage_id, ())) for one in page}
+    others = [one for one in page if not found[one.id]]
+    if others:
+        naming = gateway.policies_naming(tx, (name for one in others for name in one.dns_names or ()))
+        found |= {one.id: frozenset().union(*(naming.get(name, ()) for name in one.dns_names or ())) for one in others}
+    return found
 
 
 def _open(

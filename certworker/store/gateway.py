@@ -4,15 +4,16 @@ A document is `{table name: [row, ...]}` with columns as keys. A row that anothe
 named by its `name` (pools, listeners) or its id.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Table, delete, insert, select, update
+from sqlalchemy import Connection, Table, Text, bindparam, delete, insert, select, text, update
 
 from certworker.core.gateway import GatewayRows, ListenerRow, PolicyRow, PoolRow, RouteRow, TargetRow
 from certworker.store.rows import columns_of, to_value
 from certworker.store.tables import listeners, routes, tls_policies, upstream_pools, upstream_targets
+from certworker.store.types import TextArray, UuidText
 
 APPLIED: tuple[Table, ...] = (upstream_pools, upstream_targets, tls_policies, listeners, routes)
 """In an order in which rows can be inserted."""
@@ -62,6 +63,29 @@ def is_challenge_used(tx: Connection, challenge: str) -> bool:
         listeners.c.enabled, listeners.c.protocol == "http", listeners.c.challenge == challenge
     )
     return tx.execute(query.limit(1)).first() is not None
+
+
+_NAMING = {
+    "postgresql": "SELECT name.value, policy.id FROM unnest(:names) AS name (value) "
+    "JOIN tls_policies AS policy ON policy.domains @> ARRAY[name.value]",
+    "sqlite": "SELECT name.value, policy.id FROM tls_policies AS policy, json_each(policy.domains) AS name "
+    "WHERE name.value IN (SELECT value FROM json_each(:names))",
+}
+_POLICIES_NAMING = {
+    dialect: text(query).bindparams(bindparam("names", type_=TextArray())).columns(value=Text(), id=UuidText())
+    for dialect, query in _NAMING.items()
+}
+
+
+def policies_naming(tx: Connection, dns_names: Iterable[str]) -> dict[str, set[str]]:
+    """Return the ids of the policies whose `domains` has exactly this name, for each of the names that any has.
+
+    GIN index on PostgreSQL; SQLite reads every policy, however many names are asked for.
+    """
+    found: dict[str, set[str]] = {}
+    for name, policy_id in tx.execute(_POLICIES_NAMING[tx.dialect.name], {"names": sorted(set(dns_names))}):
+        found.setdefault(name, set()).add(policy_id)
+    return found
 
 
 def export(tx: Connection) -> dict[str, list[dict[str, Any]]]:

@@ -105,8 +105,10 @@ def test_a_name_is_found_exactly(db: Database) -> None:
 def test_a_name_is_found_by_index(postgresql_db: Database) -> None:
     """The given GIN index, whatever the number of policies."""
     plan = explain(postgresql_db, lambda tx: policies.wanting(tx, "a.test"))
+    of_many = explain(postgresql_db, lambda tx: gateway.policies_naming(tx, ["a.test", "b.test"]))
 
     assert "tls_policies_domains_idx" in plan
+    assert "tls_policies_domains_idx" in of_many
 
 
 def test_policies_come_in_pages(db: Database) -> None:
