@@ -127,7 +127,7 @@ def read_changes(
     rows = [row for row in rows if row.revision <= end]
     changed, gone = _sort(tx, sealer, page, scope)
     if not complete:
-        tombstones = {name for name, revision in certificates.removed_since(tx, after) if revision <= end}
+        tombstones = set(certificates.removed_between(tx, after, end))
         gone |= tombstones - {one.id for one in page}  # a row that is there again is newer than its tombstone
     removed = frozenset() if complete else frozenset(gone)
     return CertificateChanges(

@@ -220,11 +220,11 @@ def changed_since(tx: Connection, revision: int, limit: int) -> list[StoredCerti
     return [to_value(StoredCertificate, row) for row in tx.execute(query)]
 
 
-def removed_since(tx: Connection, revision: int) -> list[tuple[str, int]]:
-    """Return (certificate id, revision) of what was deleted after `revision`."""
+def removed_between(tx: Connection, revision: int, end: int) -> list[str]:
+    """Return the ids of what was deleted after `revision`, up to `end`."""
     removed = removed_certificates.c
-    query = select(removed.certificate_id, removed.revision).where(removed.revision > revision)
-    return [(row[0], int(row[1])) for row in tx.execute(query.order_by(removed.revision))]
+    query = select(removed.certificate_id).where(removed.revision > revision, removed.revision <= end)
+    return list(tx.execute(query.order_by(removed.revision)).scalars())
 
 
 def record_removed(tx: Connection, certificate_id: str, now: datetime) -> None:

@@ -460,8 +460,9 @@ def test_every_change_of_a_certificate_has_a_revision(db: Database, lineage_id: 
     assert since(0, 1) == [(a, 3)]
     assert since(3) == [(b, 4)]
     assert since(4) == []
-    assert db.read(lambda tx: certificates.removed_since(tx, 4)) == [(CERTIFICATE, 5)]
-    assert db.read(lambda tx: certificates.removed_since(tx, 5)) == []
+    assert db.read(lambda tx: certificates.removed_between(tx, 4, 5)) == [CERTIFICATE]
+    assert db.read(lambda tx: certificates.removed_between(tx, 5, 9)) == []
+    assert db.read(lambda tx: certificates.removed_between(tx, 0, 4)) == []
     assert flips(db)[-1][0] in ("certificate.error", "certificate.active")
 
 
@@ -469,7 +470,7 @@ def test_a_tombstone_is_renewed_and_forgotten(db: Database) -> None:
     """A certificate that is removed again has a newer one; old ones go."""
     db.write(lambda tx: certificates.record_removed(tx, CERTIFICATE, NOW))
     db.write(lambda tx: certificates.record_removed(tx, CERTIFICATE, NOW))
-    assert db.read(lambda tx: certificates.removed_since(tx, 0)) == [(CERTIFICATE, 2)]
+    assert db.read(lambda tx: certificates.removed_between(tx, 0, 2)) == [CERTIFICATE]
 
     assert db.write(lambda tx: certificates.forget_removed(tx, NOW)) == 0
     assert db.write(lambda tx: certificates.forget_removed(tx, NOW + DAY)) == 1
