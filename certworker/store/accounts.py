@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, false, func, select, text, update
+from sqlalchemy import Connection, Select, bindparam, false, func, select, text, update
 
 from certworker.core.issuance import State
 from certworker.errors import InputError
@@ -118,18 +118,17 @@ class Listed:
 
 def find_default(tx: Connection, directory_url: str) -> StoredAccount | None:
     """Return the account used for a CA: the one marked, else the oldest."""
-    query = _accounts().where(acme_accounts.c.directory_url == directory_url)
-    return _first(tx, query.order_by(*_default_first()).limit(1))
+    return _first(tx, _DEFAULT, directory=directory_url)
 
 
 def find(tx: Connection, account_id: str) -> StoredAccount | None:
     """Return one account."""
-    return _first(tx, _accounts().where(acme_accounts.c.id == account_id))
+    return _first(tx, _FIND, account=account_id)
 
 
 def hold(tx: Connection, account_id: str) -> StoredAccount | None:
     """Return one account, and let nobody change it until the commit; any number may hold it at once."""
-    return _first(tx, _accounts().where(acme_accounts.c.id == account_id).with_for_update(read=True))
+    return _first(tx, _HOLD, account=account_id)
 
 
 def list_all(tx: Connection) -> list[Listed]:
@@ -295,15 +294,23 @@ def _default_first() -> tuple[Any, ...]:
     return marked.desc(), acme_accounts.c.created_at, acme_accounts.c.id
 
 
-def _first(tx: Connection, query: Select[Any]) -> StoredAccount | None:
-    row = tx.execute(query).first()
+_DEFAULT = (
+    _accounts().where(acme_accounts.c.directory_url == bindparam("directory")).order_by(*_default_first()).limit(1)
+)
+_FIND = _accounts().where(acme_accounts.c.id == bindparam("account"))
+_HOLD = _FIND.with_for_update(read=True)
+# `key_share`: an issuance that names the account by its foreign key does not wait.
+_LOCK = _FIND.with_for_update(key_share=True)
+
+
+def _first(tx: Connection, query: Select[Any], **asked: str) -> StoredAccount | None:
+    row = tx.execute(query, asked).first()
     return None if row is None else to_value(StoredAccount, row)
 
 
 def _lock(tx: Connection, account_id: str) -> StoredAccount | None:
     """Return one account, and let nobody change or hold it until the commit."""
-    # `key_share`: an issuance that names the account by its foreign key does not wait.
-    return _first(tx, _accounts().where(acme_accounts.c.id == account_id).with_for_update(key_share=True))
+    return _first(tx, _LOCK, account=account_id)
 
 
 def _change(tx: Connection, account: StoredAccount, **values: Any) -> StoredAccount:

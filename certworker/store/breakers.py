@@ -8,7 +8,7 @@ from dataclasses import fields
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, exists, literal, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, exists, literal, or_, select, update
 
 from certworker.core.breaker import Breaker, Limited, State
 from certworker.store.rows import columns_of, insert_new
@@ -21,9 +21,11 @@ TRIAL = timedelta(seconds=60)
 
 def find(tx: Connection, directory_url: str) -> Breaker:
     """Return the breaker of a CA."""
-    query = select(*columns_of(Breaker, ca_breakers)).where(ca_breakers.c.directory_url == directory_url)
-    row = tx.execute(query).first()
+    row = tx.execute(_FIND, {"asked": directory_url}).first()
     return Breaker() if row is None else _read(row)
+
+
+_FIND = select(*columns_of(Breaker, ca_breakers)).where(ca_breakers.c.directory_url == bindparam("asked"))
 
 
 def lock(tx: Connection, directory_url: str) -> Breaker:

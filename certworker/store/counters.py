@@ -7,7 +7,7 @@ the last statement before the commit.
 
 from datetime import datetime
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from certworker.store.tables import counters
 
@@ -22,8 +22,15 @@ FORGOTTEN = "forgotten"
 
 def next_value(tx: Connection, name: str, steps: int = 1) -> int:
     """Raise the counter by `steps` and return its new value."""
-    raised = update(counters).where(counters.c.name == name).values(value=counters.c.value + steps)
-    return int(tx.execute(raised.returning(counters.c.value)).scalar_one())
+    return int(tx.execute(_RAISE, {"counter": name, "steps": steps}).scalar_one())
+
+
+_RAISE = (
+    update(counters)
+    .where(counters.c.name == bindparam("counter"))
+    .values(value=counters.c.value + bindparam("steps"))
+    .returning(counters.c.value)
+)
 
 
 def start_over(tx: Connection, now: datetime) -> int:

@@ -11,13 +11,13 @@ it wrote before; a function that writes more than the issuance asks `find_record
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
-    TextClause,
     bindparam,
     case,
     delete,
@@ -252,49 +252,55 @@ def claim(
     `only` restricts it to these ids, for a one-shot run that was given names; `directory_url` to the CA
     that the worker speaks with.
     """
-    ids = _find_due(tx, _URGENT_OPEN, now, limit, only, directory_url)
+    ids = _find_due(tx, now, limit, only, directory_url, urgent=True)
     if len(ids) < limit:
         # What is urgent and free is ours already.
-        more = _find_due(tx, _OPEN, now, limit, only, directory_url)
+        more = _find_due(tx, now, limit, only, directory_url, urgent=False)
         ids += [issuance_id for issuance_id in more if issuance_id not in ids][: limit - len(ids)]
     if not ids:
         return []
-    leased = update(issuances).where(issuances.c.id.in_(ids)).values(
-        lease_owner=worker,
-        lease_token=issuances.c.lease_token + 1,
-        lease_until=_lease_end(),
-        claims=issuances.c.claims + 1,
-        # A lease that nobody gave back: its worker died, or lost the database.
-        crashes=issuances.c.crashes + case((issuances.c.lease_owner.is_not(None), 1), else_=0),
-    )  # fmt: skip
-    rows = tx.execute(leased.returning(*columns_of(Issuance, issuances)))
-    return sorted((to_value(Issuance, row) for row in rows), key=lambda one: (not one.urgent, one.attempt_at))
+    claimed = [to_value(Issuance, row) for row in tx.execute(_LEASE, {"ids": ids, "worker": worker})]
+    return sorted(claimed, key=lambda one: (not one.urgent, one.attempt_at))
 
 
 def _find_due(
-    tx: Connection, which: TextClause, now: datetime, limit: int, only: list[str] | None, directory_url: str | None
+    tx: Connection, now: datetime, limit: int, only: list[str] | None, directory_url: str | None, *, urgent: bool
 ) -> list[str]:
-    free = _is_free()
-    query = (
-        select(issuances.c.id)
-        .where(which, issuances.c.attempt_at <= now, free)
-        .order_by(issuances.c.attempt_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
+    query = _due(urgent=urgent, restricted=only is not None, of_ca=directory_url is not None)
     found: list[str] = []
-    for page in [None] if only is None else pages(only):
-        found += tx.execute(_restrict(query, page, directory_url).limit(limit - len(found))).scalars()
+    for page in [None] if only is None else pages(only, _ASKED):
+        asked = {"now": now, "most": limit - len(found), "only": page, "directory": directory_url}
+        found += tx.execute(query, {name: value for name, value in asked.items() if value is not None}).scalars()
         if len(found) >= limit:
             break
     return found
 
 
+_ASKED = 100
+"""Ids that one look for work names: most of the first ones are due, and a statement of thousands is slow to read."""
+
+
+@cache
+def _due(*, urgent: bool, restricted: bool, of_ca: bool) -> Select[Any]:
+    """Return the query for what is due and free, by parameters `now`, `most`, `only` and `directory`."""
+    query = (
+        select(issuances.c.id)
+        .where(_URGENT_OPEN if urgent else _OPEN, issuances.c.attempt_at <= bindparam("now"), _is_free())
+        .order_by(issuances.c.attempt_at)
+        .limit(bindparam("most"))
+        .with_for_update(skip_locked=True)
+    )
+    if restricted:
+        query = query.where(issuances.c.id.in_(bindparam("only", expanding=True)))
+    if of_ca:
+        of_it = (lineages.c.id == issuances.c.lineage_id, lineages.c.directory_url == bindparam("directory"))
+        query = query.where(exists(select(1).where(*of_it)))
+    return query
+
+
 def extend_leases(tx: Connection, worker: str, ids: list[str]) -> dict[str, int]:
     """Keep those of `ids` that `worker` still holds for another LEASE; return their fencing tokens by id."""
-    held = update(issuances).where(issuances.c.id.in_(ids), _OPEN, issuances.c.lease_owner == worker)
-    rows = tx.execute(held.values(lease_until=_lease_end()).returning(issuances.c.id, issuances.c.lease_token))
-    return {row[0]: row[1] for row in rows}
+    return {row[0]: row[1] for row in tx.execute(_EXTEND, {"ids": ids, "worker": worker})}
 
 
 def free_leases(tx: Connection, worker: str) -> None:
@@ -510,3 +516,25 @@ def _is_free() -> ColumnElement[bool]:
 
 def _lease_end() -> seconds_from_now:
     return seconds_from_now(literal(int(LEASE.total_seconds())))
+
+
+_LEASE = update(issuances).where(issuances.c.id.in_(bindparam("ids", expanding=True))).values(
+    lease_owner=bindparam("worker"),
+    lease_token=issuances.c.lease_token + 1,
+    lease_until=_lease_end(),
+    claims=issuances.c.claims + 1,
+    # A lease that nobody gave back: its worker died, or lost the database.
+    crashes=issuances.c.crashes + case((issuances.c.lease_owner.is_not(None), 1), else_=0),
+).returning(*columns_of(Issuance, issuances))  # fmt: skip
+_HELD = (
+    select(issuances.c.id)
+    .where(issuances.c.id.in_(bindparam("ids", expanding=True)), _OPEN, issuances.c.lease_owner == bindparam("worker"))
+    .order_by(issuances.c.id)  # as `record_all` locks them
+    .with_for_update()
+)
+_EXTEND = (
+    update(issuances)
+    .where(issuances.c.id.in_(_HELD.scalar_subquery()))
+    .values(lease_until=_lease_end())
+    .returning(issuances.c.id, issuances.c.lease_token)
+)
