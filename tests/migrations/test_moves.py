@@ -115,6 +115,29 @@ def test_a_policy_from_before_is_noted_by_its_id(empty: Database) -> None:
     program.close()
 
 
+@pytest.mark.parametrize(
+    ("gone", "goes_on"), [("key_ready", "queued"), ("authorized", "validating"), ("issued", "finalizing")]
+)
+def test_an_issuance_of_an_older_release_goes_on(empty: Database, gone: str, goes_on: str) -> None:
+    """A state that is committed no more becomes the one before it."""
+    upgrade(empty, "0007")
+    program = Program(empty)
+    values = "'2026-11-22T12:00:00.000000Z'"
+    program(
+        "INSERT INTO lineages (id, dns_names, names_hash, directory_url, key_type, created_at, updated_at)"
+        f" VALUES ('{POLICY}', '{'[]' if empty.embedded else '{}'}', 'h', 'u', 'k', {values}, {values})"
+    )
+    program(
+        "INSERT INTO issuances (id, lineage_id, reason, state, state_at, attempt_at, created_at, key_pem, csr_der)"
+        f" VALUES ('{ROUTE}', '{POLICY}', 'first', '{gone}', {values}, {values}, {values}, 'k', 'c')"
+    )
+
+    upgrade(empty)
+
+    assert empty.read(lambda tx: tx.execute(text("SELECT state FROM issuances")).scalars().all()) == [goes_on]
+    program.close()
+
+
 def test_two_migrators_at_once(empty: Database) -> None:
     """The second waits for the first and finds nothing to do."""
     start = Barrier(2)
