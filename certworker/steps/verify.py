@@ -5,7 +5,7 @@ nobody, whatever the nodes say.
 """
 
 from collections.abc import Iterable
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from sqlalchemy import Connection
 
@@ -26,25 +26,24 @@ NOWHERE = "no https listener of the version that nodes are given names its polic
 
 def verify(db: Database, clock: Clock, scopes: Scopes, silent: timedelta) -> int:
     """Note as served what every node heard of within `silent` has proved; return how many."""
-    live = db.read(lambda tx: nodes.live(tx, silent))
-    if not live:
+    if db.read(lambda tx: nodes.newest_heartbeat(tx, silent)) is None:
         return 0
-    served, after = 0, ""
-    while True:
-        page = db.read(lambda tx: lineages.unserved(tx, after, _PAGE))  # noqa: B023 - called at once
+    served, after, full = 0, "", True
+    live: list[NodeStatus] | None = None
+    while full and (page := db.read(lambda tx: lineages.unserved(tx, after, _PAGE))):  # noqa: B023 - called at once
+        live = db.read(lambda tx: nodes.live(tx, silent)) if live is None else live
         ids = [unserved.lineage_id for unserved in page]
-        nowhere = db.read(lambda tx: unlisted(tx, ids, scopes)) if ids else set()  # noqa: B023
-        proved = [
-            unserved
-            for unserved in page
-            if unserved.lineage_id not in nowhere and not any(missing(unserved, node) for node in live)
-        ]
+        nowhere = db.read(lambda tx: unlisted(tx, ids, scopes))  # noqa: B023
+        proved = [one for one in page if one.lineage_id not in nowhere and _is_proved(one, live)]
         if proved:
-            db.write(lambda tx: _note(tx, proved, clock()))  # noqa: B023
+            db.write(lambda tx: lineages.record_served(tx, proved, clock()))  # noqa: B023
         served += len(proved)
-        if len(page) < _PAGE:
-            return served
-        after = page[-1].lineage_id
+        after, full = page[-1].lineage_id, len(page) == _PAGE
+    return served
+
+
+def _is_proved(unserved: Unserved, live: list[NodeStatus]) -> bool:
+    return bool(live) and not any(missing(unserved, node) for node in live)
 
 
 def count_overdue(db: Database, clock: Clock) -> int:
@@ -89,8 +88,3 @@ def missing(unserved: Unserved, node: NodeStatus) -> str | None:
     if presented is not None and presented != unserved.fingerprint:
         return f"{node.node_id}: presents another certificate"
     return None
-
-
-def _note(tx: Connection, proved: list[Unserved], now: datetime) -> None:
-    for unserved in proved:
-        lineages.record_served(tx, unserved, now)

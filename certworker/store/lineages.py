@@ -576,8 +576,20 @@ _UNSERVED = (
 )
 
 
-def record_served(tx: Connection, proved: Unserved, now: datetime) -> None:
-    """Note that every live node serves this certificate, unless a newer one has come meanwhile."""
-    row = update(lineages).where(lineages.c.id == proved.lineage_id, lineages.c.served_at.is_(None))
-    # Compared in the row itself: a look at another table would be older than the wait for this row's lock.
-    tx.execute(row.where(lineages.c.issuance_id == proved.issuance_id).values(served_at=now))
+def record_served(tx: Connection, proved: Iterable[Unserved], now: datetime) -> None:
+    """Note that every live node serves these certificates, but for those that a newer one has come for meanwhile."""
+    rows = [
+        {"lineage": one.lineage_id, "issuance": one.issuance_id, "now": now}
+        for one in sorted(proved, key=lambda one: one.lineage_id)  # as everybody locks them
+    ]
+    if rows:
+        tx.execute(_SET_SERVED, rows)
+
+
+# Compared in the row itself: a look at another table would be older than the wait for this row's lock.
+_SET_SERVED = (
+    update(lineages)
+    .where(lineages.c.id == bindparam("lineage"), lineages.c.served_at.is_(None))
+    .where(lineages.c.issuance_id == bindparam("issuance"))
+    .values(served_at=bindparam("now"))
+)

@@ -211,10 +211,30 @@ def test_a_newer_certificate_is_not_called_served_by_an_older_proof(world: World
     (seen,) = world.db.read(lambda tx: lineages.unserved(tx, "", 10))
     now = world.clock()
 
-    world.db.write(lambda tx: lineages.record_served(tx, replace(seen, issuance_id=new_id()), now))
+    world.db.write(lambda tx: lineages.record_served(tx, [replace(seen, issuance_id=new_id())], now))
     assert world.lineage("a.test").served_at is None
-    world.db.write(lambda tx: lineages.record_served(tx, seen, now))
+    world.db.write(lambda tx: lineages.record_served(tx, [seen], now))
     assert world.lineage(lineage.dns_names[0]).served_at == now
+
+
+def test_a_look_at_what_is_served_reads_no_more_than_it_needs(world: World) -> None:
+    """Without nodes one moment; with nodes, what is not proved yet; and many that are proved are noted together."""
+    for number in range(20):
+        world.add_policy(f"n{number}.test")
+    world.take_over()
+    world.work()
+    with statements(world.db) as sent:
+        assert verify(world.db, world.clock, Scopes(), SILENT) == 0
+    assert len(sent) == 1
+
+    beat(world, "n1", revision_of(world))
+    with statements(world.db) as sent:
+        assert verify(world.db, world.clock, Scopes(), SILENT) == 20
+    assert len([one for one in sent if one.startswith("UPDATE")]) == 1
+
+    with statements(world.db) as sent:
+        assert verify(world.db, world.clock, Scopes(), SILENT) == 0
+    assert len(sent) == 2
 
 
 def test_what_was_proved_before_a_restore_proves_nothing(world: World) -> None:

@@ -390,9 +390,9 @@ def test_a_certificate_is_served_when_it_is_proved_to_be(db: Database, lineage_i
     assert db.read(lambda tx: lineages.unserved(tx, lineage_id, 5)) == []
     activate(db, lineage_id, "02")
 
-    db.write(lambda tx: lineages.record_served(tx, first, NOW))
+    db.write(lambda tx: lineages.record_served(tx, [first], NOW))
     (second,) = db.read(lambda tx: lineages.unserved(tx, "", 5))
-    db.write(lambda tx: lineages.record_served(tx, second, NOW))
+    db.write(lambda tx: lineages.record_served(tx, [second], NOW))
 
     assert (second.revision, second.fingerprint) == (2, "02" * 32)
     assert db.read(lambda tx: lineages.unserved(tx, "", 5)) == []
