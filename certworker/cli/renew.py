@@ -10,6 +10,7 @@ from certworker import wiring
 from certworker.cli.logs import start_logging
 from certworker.cli.main import settings_of
 from certworker.cli.output import json_option, print_json
+from certworker.cli.process import share_memory
 from certworker.oneshot import Renewal, Watcher
 from certworker.oneshot import renew as run_renewal
 from certworker.steps.renew import Outcome, Ticket
@@ -30,6 +31,7 @@ def renew(ctx: click.Context, names: tuple[str, ...], force: bool, dry_run: bool
     """One shot: everything due, or the names given; ends when nothing due is left."""
     settings = settings_of(ctx)
     start_logging(settings, at_least=logging.ERROR)
+    share_memory()
     app = wiring.open_app(settings)
     try:
         done = run_renewal(

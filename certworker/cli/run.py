@@ -7,7 +7,7 @@ import click
 from certworker import wiring
 from certworker.cli.logs import start_logging
 from certworker.cli.main import settings_of
-from certworker.cli.process import set_limits, stop_signal
+from certworker.cli.process import set_limits, share_memory, stop_signal
 from certworker.service import Service
 
 
@@ -18,6 +18,7 @@ def run(ctx: click.Context) -> int:
     settings = settings_of(ctx)
     start_logging(settings)
     set_limits()
+    share_memory()
     with stop_signal() as await_signal:
         app = wiring.open_app(settings)
         try:

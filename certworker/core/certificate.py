@@ -33,7 +33,7 @@ CLOCK_TOLERANCE = timedelta(minutes=5)
 _LONGEST_RENEWAL_ID = 255
 """Characters; it becomes part of a URL and of an index, and a CA's own are half as long."""
 
-_LINKS = 128
+_LINKS = 32
 """Signatures that are remembered: a chain is checked when it comes and when it is put to use, and ends like many."""
 
 _BLOCK = re.compile(r"-----BEGIN ([^-\n]+)-----.*?-----END \1-----", re.DOTALL)
