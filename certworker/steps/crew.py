@@ -154,7 +154,7 @@ class Crew:
             session = self._by_token.get(token)
             if session is None or session.fetched:
                 return
-            session.fetched = True
+            session.fetched, session.looks = True, 0
             if session in self._waiting:
                 session.wait_until = min(until(session), self._bench.clock() + self._bench.paces.verdict.wait(0))
                 self._waiting.put(session)

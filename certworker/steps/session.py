@@ -67,7 +67,7 @@ class Session:
     intended: bool = False
     """Its order was intended in this session, so that it was asked a moment ago whether anybody wants it."""
     looks: int = 0
-    """How often it was looked whether the CA is done with what it is at."""
+    """How often it was looked whether the CA is done with what it is at, since it showed that it is at it."""
     tokens: tuple[str, ...] = ()
     """What the CA fetches while this issuance is proved."""
     fetched: bool = False

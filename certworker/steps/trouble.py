@@ -169,13 +169,18 @@ def await_ca(bench: Bench, session: Session) -> None:
         hint = "a new order is made; ask the CA if this lasts"
         fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", detail, hint))
         return
-    wait = _next_look(bench, session) if retry_after is None else wait_for(retry_after, session.looks)
+    wait = _next_look(bench, session, retry_after)
     session.wait_until = now + (wait if now - session.issuance.state_at < POLLING else max(wait, REST))
     session.order = None
 
 
-def _next_look(bench: Bench, session: Session) -> timedelta:
-    """Return how long to wait for a CA that does not say: as it turned out before, from what shows that it works."""
+def _next_look(bench: Bench, session: Session, retry_after: timedelta | None) -> timedelta:
+    """Return how long to wait: as the CA says, or else as it turned out before.
+
+    Its fetch of the token is news that it did not have when it said so: it is looked at once, soon after that.
+    """
+    if retry_after is not None and not (session.fetched and session.looks == 0):
+        return wait_for(retry_after, session.looks)
     if session.issuance.state in (State.FINALIZE_INTENT, State.FINALIZING):
         return bench.paces.certificate.wait(session.looks)
     return bench.paces.verdict.wait(session.looks) if session.fetched else wait_for(None, session.looks)

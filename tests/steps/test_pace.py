@@ -1,0 +1,54 @@
+"""How soon the CA is asked whether it is done, when it does not say: as it turned out before."""
+
+from datetime import timedelta
+from itertools import pairwise
+
+from certworker.steps.pace import Pace
+
+MILLISECOND = timedelta(milliseconds=1)
+
+
+def settle(done_after: timedelta, rounds: int = 400) -> tuple[Pace, float]:
+    """Ask a CA that always takes so long; return what was learnt, and the looks per round of the second half."""
+    pace, looked = Pace(), []
+    for _ in range(rounds):
+        waited, looks = timedelta(), 0
+        while waited < done_after:
+            waited += pace.wait(looks)
+            looks += 1
+        pace.learn(looks)
+        looked.append(looks)
+    return pace, sum(looked[rounds // 2 :]) / (rounds // 2)
+
+
+def test_a_quick_ca_is_not_waited_for() -> None:
+    """A few milliseconds are enough, and nearly every look is the only one."""
+    pace, looks = settle(8 * MILLISECOND)
+
+    assert 7 * MILLISECOND < pace.wait(0) < 11 * MILLISECOND
+    assert looks < 1.2
+
+
+def test_a_slow_ca_is_not_pestered() -> None:
+    """One that takes two seconds is looked at after two seconds."""
+    pace, looks = settle(2000 * MILLISECOND)
+
+    assert 1900 * MILLISECOND < pace.wait(0) < 2600 * MILLISECOND
+    assert looks < 1.2
+
+
+def test_it_never_asks_without_a_wait_nor_waits_for_ever() -> None:
+    """Whatever a CA does."""
+    quick, _ = settle(timedelta(microseconds=1), 2000)
+    slow, _ = settle(timedelta(minutes=5))
+
+    assert quick.wait(0) == 5 * MILLISECOND
+    assert slow.wait(0) == timedelta(seconds=4)
+
+
+def test_looks_that_are_too_soon_are_farther_apart() -> None:
+    """Up to half a minute, as with every CA that is busy."""
+    waits = [Pace().wait(looks) for looks in range(12)]
+
+    assert all(later == sooner * 2 for sooner, later in pairwise(waits[:9]))
+    assert waits[-1] == timedelta(seconds=30)
