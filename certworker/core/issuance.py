@@ -1,6 +1,6 @@
 """One attempt to get one certificate: its states, and the one thing that moves it forward.
 
-    queued → order_intent → ordered → published → validating → finalize_intent → finalizing → done
+    queued → order_intent → ordered → validating → finalizing → done
     finalizing → downloaded → done: a certificate that is not valid yet
     any open state → failed | cancelled
     an order that died of some of its names → queued, without these
@@ -31,10 +31,8 @@ class State(StrEnum):
     QUEUED = "queued"  # choose the account, make key and CSR, intend the order
     ORDER_INTENT = "order_intent"  # newOrder
     ORDERED = "ordered"  # read the authorizations, publish the key authorizations
-    PUBLISHED = "published"  # tell the CA to look
-    VALIDATING = "validating"  # wait for the CA, intend to finalize
-    FINALIZE_INTENT = "finalize_intent"  # finalize with the stored CSR
-    FINALIZING = "finalizing"  # wait for the CA; download and activate, in one transaction
+    VALIDATING = "validating"  # tell the CA to look, wait for it, intend to finalize
+    FINALIZING = "finalizing"  # finalize with the stored CSR, wait for the CA; download and activate
     DOWNLOADED = "downloaded"  # wait until it is valid, activate
     DONE = "done"
     FAILED = "failed"
@@ -43,7 +41,7 @@ class State(StrEnum):
 
 CLOSED = frozenset([State.DONE, State.FAILED, State.CANCELLED])
 _BEFORE_ORDER = frozenset([State.QUEUED, State.ORDER_INTENT])
-_BEFORE_READY = frozenset([State.ORDERED, State.PUBLISHED, State.VALIDATING])
+_BEFORE_READY = frozenset([State.ORDERED, State.VALIDATING])
 
 
 class Action(Enum):
@@ -55,6 +53,7 @@ class Action(Enum):
     """Read the order; commits nothing."""
     PUBLISH_CHALLENGES = auto()
     ANSWER_CHALLENGES = auto()
+    """Tell the CA to look, once with every claim; in between it is waited for."""
     PROVE_AGAIN = auto()
     """The order was ready and is pending: see what the CA wants proved, commit no other state."""
     INTEND_FINALIZE = auto()
@@ -73,9 +72,8 @@ _BEFORE_ORDER_ACTIONS = {
 }
 _PENDING_ACTIONS = {
     State.ORDERED: Action.PUBLISH_CHALLENGES,
-    State.PUBLISHED: Action.ANSWER_CHALLENGES,
+    State.VALIDATING: Action.ANSWER_CHALLENGES,
     # RFC 8555 §7.1.6 knows no way back; a CA that was restored from a backup, or lags behind itself, does.
-    State.FINALIZE_INTENT: Action.PROVE_AGAIN,
     State.FINALIZING: Action.PROVE_AGAIN,
 }
 

@@ -320,7 +320,7 @@ class Crew:
 
     def _expect_fetch(self, session: Session) -> None:
         """Know what the CA is about to fetch, before it is told that it may."""
-        if session.issuance.state == State.PUBLISHED:
+        if session.issuance.state == State.VALIDATING and not session.told:
             with self._lock:
                 self._by_token |= dict.fromkeys(session.tokens, session)
 
@@ -441,7 +441,7 @@ def _is_suspect(session: Session) -> bool:
 
 
 def _is_validating(session: Session) -> bool:
-    return session.issuance.state in (State.PUBLISHED, State.VALIDATING)
+    return session.issuance.state == State.VALIDATING and session.told
 
 
 class _Storage:

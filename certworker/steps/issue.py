@@ -259,7 +259,7 @@ def _intend_finalizing(tx: Connection, asked: Sequence[tuple[Session, datetime]]
     """Fix that these are to be finalized, if still wanted: they would be thrown away, and count all the same."""
     linked = lineages.linked_among(tx, [session.lineage.id for session, _ in asked])
     intended = [
-        issuances.change(session.issuance, now, state=State.FINALIZE_INTENT, failures=0, error=None)
+        issuances.change(session.issuance, now, state=State.FINALIZING, failures=0, error=None)
         for session, now in asked
         if session.lineage.id in linked
     ]
@@ -276,9 +276,6 @@ def _finalize(bench: Bench, session: Session) -> None:
     assert row.csr_der is not None
     finalize_url = row.finalize_url or order.finalize_url
     session.order = bench.client.finalize(account_of(bench, session), finalize_url, row.csr_der, order.url)
-    if row.state == State.FINALIZE_INTENT:
-        session.looks = 0
-        record(bench, session, State.FINALIZING)
     if session.order.status is OrderStatus.READY:
         trouble.await_ca(bench, session)  # it took no notice; the next look says whether to finalize again
 

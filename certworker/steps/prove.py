@@ -12,12 +12,12 @@ from certworker.ca.keys import AccountKey
 from certworker.core.issuance import State, still_validating, to_answer, unproved
 from certworker.core.order import Authorization
 from certworker.core.retry import classify_order, names_refused
-from certworker.errors import AnswerFault, ProblemReported
+from certworker.errors import AnswerFault, CaError, ProblemReported
 from certworker.steps import trouble
-from certworker.steps.session import Bench, Session, account_of, record
+from certworker.steps.session import Bench, Session, account_of
 from certworker.store import challenges, issuances
 from certworker.store.challenges import Answer
-from certworker.store.issuances import Issuance
+from certworker.store.issuances import Change, Issuance
 from certworker.store.journal import Kind
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{22,128}")
@@ -37,16 +37,22 @@ class NotYet(Exception):
 
 def publish_challenges(bench: Bench, session: Session) -> None:
     """Let the responders answer."""
-    _publish(bench, session, State.PUBLISHED)
+    _publish(bench, session, State.VALIDATING)
+    session.told = False
 
 
 def answer_challenges(bench: Bench, session: Session) -> None:
-    """Tell the CA that it may look."""
-    account = account_of(bench, session)
-    if session.authorizations is None:
-        session.authorizations = _fetch_authorizations(bench, session, account)
-    _tell_to_look(bench, session, account, session.authorizations)
-    record(bench, session, State.VALIDATING)
+    """Tell the CA that it may look, if that was not done in this session, and wait for it."""
+    if not session.told:
+        account = account_of(bench, session)
+        if session.authorizations is None:
+            session.authorizations = _fetch_authorizations(bench, session, account)
+        session.told = True  # from now on it may look, whatever becomes of its answer
+        try:
+            _tell_to_look(bench, session, account, session.authorizations)
+        except (CaError, NotYet):
+            session.told = False
+            raise
     trouble.await_ca(bench, session)
 
 
@@ -98,6 +104,11 @@ class _Publication:
     offers: Sequence[tuple[Authorization, str]]
     now: datetime
 
+    @property
+    def change(self) -> Change:
+        moves = {"failures": 0, "error": None} if self.state != self.issuance.state else {}
+        return issuances.change(self.issuance, self.now, state=self.state, **moves)
+
     def answers(self, key: AccountKey) -> list[Answer]:
         return [
             Answer(self.issuance.id, a.url, a.dns_name, token, key.key_authorization(token)) for a, token in self.offers
@@ -112,7 +123,7 @@ def _publish_all(tx: Connection, publications: Sequence[_Publication]) -> list[I
     named = [(one, keys[one.issuance.account_id or ""]) for one in publications]
     published = [(one, key) for one, key in named if key is not None]
     challenges.publish_all(tx, [answer for one, key in published for answer in one.answers(key)], now)
-    moved = issuances.record_all(tx, [issuances.change(one.issuance, one.now, state=one.state) for one, _ in published])
+    moved = issuances.record_all(tx, [one.change for one, _ in published])
     by_id = {issuance.id: issuance for issuance in moved}
     return [by_id.get(one.issuance.id) for one in publications]
 

@@ -70,6 +70,8 @@ class Session:
     """How often it was looked whether the CA is done with what it is at, since it showed that it is at it."""
     tokens: tuple[str, ...] = ()
     """What the CA fetches while this issuance is proved."""
+    told: bool = False
+    """The CA is told to look, or was."""
     fetched: bool = False
     """The CA has fetched one of them."""
     wait_until: datetime | None = None

@@ -181,7 +181,7 @@ def _next_look(bench: Bench, session: Session, retry_after: timedelta | None) ->
     """
     if retry_after is not None and not (session.fetched and session.looks == 0):
         return wait_for(retry_after, session.looks)
-    if session.issuance.state in (State.FINALIZE_INTENT, State.FINALIZING):
+    if session.issuance.state == State.FINALIZING:
         return bench.paces.certificate.wait(session.looks)
     return bench.paces.verdict.wait(session.looks) if session.fetched else wait_for(None, session.looks)
 
@@ -259,7 +259,7 @@ def _fail(
     return issuances.close(tx, row, State.FAILED, now, error=error)
 
 
-_BEFORE_FINALIZE = frozenset([State.ORDER_INTENT, State.ORDERED, State.PUBLISHED, State.VALIDATING])
+_BEFORE_FINALIZE = frozenset([State.ORDER_INTENT, State.ORDERED, State.VALIDATING])
 
 
 def charges_of(

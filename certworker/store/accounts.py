@@ -23,7 +23,7 @@ from certworker.store.tables import OPEN_STATE, acme_accounts, issuances
 
 _KEYS = ("key", "pending_key")
 _OPEN = text(f"issuances.{OPEN_STATE}")
-_PROVING = (State.PUBLISHED, State.VALIDATING)
+_PROVING = (State.VALIDATING,)
 """From key authorization to verdict: the CA compares with the key that the account has by then."""
 
 

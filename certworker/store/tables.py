@@ -382,7 +382,7 @@ issuances = _table(
     Column("urgent", Boolean, nullable=False, server_default=text("false")),
     Column("crashes", Integer, nullable=False, server_default=text("0")),
     _created(),
-    # `key_ready`, `authorized` and `issued` are an older release's, see migration 0008.
+    # Five of them are an older release's, see migration 0008.
     _one_of(
         "state",
         "queued",

@@ -10,13 +10,16 @@ down_revision = "0007"
 branch_labels = None
 depends_on = None
 
-BEFORE = {"key_ready": "queued", "authorized": "validating", "issued": "finalizing"}
+GOES_ON = {
+    "key_ready": "queued", "published": "validating", "authorized": "validating", "finalize_intent": "finalizing",
+    "issued": "finalizing",
+}  # fmt: skip
 """What was done between the two is done again: a key that nobody has seen is made, an order is read."""
 
 
 def upgrade() -> None:
-    for gone, before in BEFORE.items():
-        op.execute(f"UPDATE issuances SET state = '{before}' WHERE state = '{gone}'")
+    for gone, state in GOES_ON.items():
+        op.execute(f"UPDATE issuances SET state = '{state}' WHERE state = '{gone}'")
 
 
 def downgrade() -> None:

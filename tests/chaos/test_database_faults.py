@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.pebble, pytest.mark.parametrize("rig", ["postgresql-gu
 NAME = "commit.chaos.test"
 
 
-@pytest.mark.parametrize("state", [State.ORDER_INTENT, State.ORDERED, State.FINALIZE_INTENT, State.DONE])
+@pytest.mark.parametrize("state", [State.ORDER_INTENT, State.ORDERED, State.FINALIZING, State.DONE])
 def test_a_commit_of_unknown_outcome(rig: Rig, state: State) -> None:
     """Carried out, the connection gone: the worker finds its own work there and goes on; nothing is done twice."""
     loss = rig.guard.lose_commit(parameter(state))

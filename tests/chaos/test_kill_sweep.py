@@ -1,7 +1,7 @@
 """kill -9 at every boundary of an issuance, then the same start again: one certificate, no key lost.
 
 The points are K02 to K24 of the fault matrix. The key is committed with `order_intent` (K03), so there is no
-K01; there is no K11, because nothing is done between the commit of `published` and the challenge. At each the
+K01; there is no K11, because nothing is done between the commit of `validating` and the challenge. At each the
 worker is held exactly there, it is proved from the database and from what the CA saw that it is, and only then
 it is killed.
 """
@@ -133,14 +133,14 @@ POINTS = [
     Point("K06", "newOrder unanswered", after("newOrder"), S.ORDER_INTENT, ORDER, orders=2),
     Point("K07", "authorization unsent", before("authorization"), S.ORDERED, ORDER),
     Point("K08", "authorization unanswered", after("authorization"), S.ORDERED, ORDER),
-    Point("K09", "commit of published", commit_of(S.PUBLISHED), S.ORDERED, ORDER),
-    Point("K10", "nonce for the challenge", nonce_after("authorization"), S.PUBLISHED, ORDER),
-    Point("K12", "challenge unsent", before("challenge"), S.PUBLISHED, ORDER),
-    Point("K13", "challenge unanswered", after("challenge", has_looked), S.PUBLISHED, ORDER),
+    Point("K09", "commit of validating", commit_of(S.VALIDATING), S.ORDERED, ORDER),
+    Point("K10", "nonce for the challenge", nonce_after("authorization"), S.VALIDATING, ORDER),
+    Point("K12", "challenge unsent", before("challenge"), S.VALIDATING, ORDER),
+    Point("K13", "challenge unanswered", after("challenge", has_looked), S.VALIDATING, ORDER),
     Point("K14", "order unsent, validating", before("order"), S.VALIDATING, ORDER),
-    Point("K15", "commit of finalize_intent", commit_of(S.FINALIZE_INTENT), S.VALIDATING, ORDER),
-    Point("K16", "finalize unsent", before("finalize"), S.FINALIZE_INTENT, ORDER),
-    Point("K17", "finalize unanswered", after("finalize", has_issued), S.FINALIZE_INTENT, ISSUED),
+    Point("K15", "commit of finalizing", commit_of(S.FINALIZING), S.VALIDATING, ORDER),
+    Point("K16", "finalize unsent", before("finalize"), S.FINALIZING, ORDER),
+    Point("K17", "finalize unanswered", after("finalize", has_issued), S.FINALIZING, ISSUED),
     Point("K18", "order unsent, finalizing", before("order", skip=1), S.FINALIZING, ISSUED),
     Point("K19", "certificate unanswered", after("certificate"), S.FINALIZING, ISSUED),
     Point("K20", "first write of the activation", commit_of(S.DONE), S.FINALIZING, ISSUED),

@@ -64,7 +64,7 @@ def assert_made_once(rig: Rig, left: Row[Any]) -> None:
 
 RECORDED = [
     ("sqlite", "newOrder", State.ORDERED),
-    ("sqlite", "challenge", State.FINALIZE_INTENT),  # what the CA validates is seen through
+    ("sqlite", "challenge", State.FINALIZING),  # what the CA validates is seen through
     ("postgresql", "finalize", State.FINALIZING),
     ("sqlite", "certificate", State.DONE),
 ]
@@ -99,7 +99,7 @@ def test_a_stop_does_not_wait_for_a_ca_that_hangs(rig: Rig) -> None:
 
     assert rig.worker.wait(30) == 0
     left = rig.issuance(NAME)
-    assert (left.state, left.lease_owner, left.crashes) == (State.FINALIZE_INTENT, None, 0)
+    assert (left.state, left.lease_owner, left.crashes) == (State.FINALIZING, None, 0)
     assert_goes_on(rig, left)
 
 
@@ -118,7 +118,7 @@ def test_a_second_signal_ends_it_at_once(rig: Rig) -> None:
     assert rig.worker.wait(5) == 128 + signal.SIGTERM
     rig.guard.resume()
     left = rig.issuance(NAME)
-    assert (left.state, left.lease_owner is None) == (State.FINALIZE_INTENT, False)
+    assert (left.state, left.lease_owner is None) == (State.FINALIZING, False)
     assert_goes_on(rig, left)
 
 

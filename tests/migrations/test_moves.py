@@ -116,7 +116,7 @@ def test_a_policy_from_before_is_noted_by_its_id(empty: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "goes_on"), [("key_ready", "queued"), ("authorized", "validating"), ("issued", "finalizing")]
+    ("gone", "goes_on"), [("key_ready", "queued"), ("published", "validating"), ("issued", "finalizing")]
 )
 def test_an_issuance_of_an_older_release_goes_on(empty: Database, gone: str, goes_on: str) -> None:
     """A state that is committed no more becomes the one before it."""

@@ -36,9 +36,9 @@ PLACES = {
     "newNonce": ("HEAD", "/new-nonce", State.ORDER_INTENT),
     "newOrder": ("POST", "/new-order", State.ORDER_INTENT),
     "authorization": ("POST", "/authorization/*", State.ORDERED),
-    "challenge": ("POST", "/challenge/*", State.PUBLISHED),
+    "challenge": ("POST", "/challenge/*", State.VALIDATING),
     "order": ("POST", "/order/*", State.VALIDATING),
-    "finalize": ("POST", "/finalize/*", State.FINALIZE_INTENT),
+    "finalize": ("POST", "/finalize/*", State.FINALIZING),
     "certificate": ("POST", "/certificate/*", State.FINALIZING),
 }
 """What is asked in the course of an issuance; of several on one world only the first asks for an account."""

@@ -311,7 +311,7 @@ def publish(world: World, *names: str) -> None:
     world.take_over()
     bench = world.bench()
     for session in world.claim():
-        while session.issuance.state != State.PUBLISHED:
+        while session.issuance.state != State.VALIDATING:
             advance(bench, session)
     world.crash()
 

@@ -19,8 +19,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from certworker.core.issuance import State
+from certworker.core.order import OrderStatus
 from certworker.core.retry import ErrorClass
 from certworker.errors import TransportFault
+from certworker.steps.issue import advance
 from certworker.steps.reconcile import reconcile
 from certworker.steps.scan import scan
 from certworker.steps.session import Session
@@ -187,7 +189,7 @@ def test_an_authorization_that_is_valid_still(life: Life) -> None:
 
 def test_a_challenge_that_was_answered_before(life: Life) -> None:
     """A14: the CA works on it already, whoever has told it to: it is not told again."""
-    session = life.reach(State.PUBLISHED, NAME)
+    session = life.reach(State.VALIDATING, NAME)
     (authorization,) = life.world.ca.authorizations.values()
     authorization.challenge_status = "processing"
     challenge = {**authorization.challenge(), "status": "processing"}
@@ -202,7 +204,7 @@ def test_a_challenge_that_was_answered_before(life: Life) -> None:
 
 def test_a_finalize_that_the_ca_forgot(life: Life) -> None:
     """A19: `ready` again after it was accepted: finalized once more with the very same CSR."""
-    session = life.reach(State.FINALIZE_INTENT, NAME)
+    session = life.reach(State.FINALIZING, NAME)
     (order,) = life.world.ca.orders.values()
     accepted = json.dumps({**json.loads(order.show()), "status": "processing"}).encode()
     fail(life.world, "finalize", status=200, body=accepted, headers={"content-type": "application/json"})
@@ -216,14 +218,14 @@ def test_a_finalize_that_the_ca_forgot(life: Life) -> None:
 
 def test_an_order_that_was_ready_and_is_not(life: Life) -> None:
     """A41: the CA came back without what it had found: the names are proved again, and the same order goes on."""
-    session = life.reach(State.FINALIZE_INTENT, NAME)
+    session = life.reach(State.FINALIZING, NAME)
     (order,) = life.world.ca.orders.values()
     (authorization,) = order.authorizations
     order.status = authorization.status = authorization.challenge_status = "pending"
     life.move(session)
     put_off = life.world.last_issuance(NAME)
     assert (put_off.state, put_off.error and put_off.error["type"]) == (
-        State.FINALIZE_INTENT, f"{URN}orderNotReady",
+        State.FINALIZING, f"{URN}orderNotReady",
     )  # fmt: skip
     life.run(10 * SECOND)
 
@@ -235,7 +237,7 @@ def test_an_order_that_was_ready_and_is_not(life: Life) -> None:
 
 def test_an_order_that_is_ready_and_is_not(life: Life) -> None:
     """A41: `ready` to whoever looks, not to finalize, and then `pending`: ever more rarely, as the schedule says."""
-    session = life.reach(State.FINALIZE_INTENT, NAME)
+    session = life.reach(State.FINALIZING, NAME)
     moods = cycle(["ready", "pending"])
     life.wire.change("/order/*", lambda order: order.update(status=next(moods)))
     fail(life.world, "finalize", status=403, problem="orderNotReady", times=10**6)
@@ -256,7 +258,7 @@ def test_an_order_that_is_never_ready_again(life: Life) -> None:
     """A41: as with one that is processing for ever: after ten minutes each five, until it expires; then a new one."""
     expires_at = START + 2 * HOUR
     life.wire.change("/new-order", lambda order: order.update(expires=expires_at.isoformat()), times=1)
-    session = life.reach(State.FINALIZE_INTENT, NAME)
+    session = life.reach(State.FINALIZING, NAME)
     old = urlsplit(session.issuance.order_url or "").path
     life.wire.change(old, lambda order: order.update(status="pending"))
     fail(life.world, "finalize", status=403, problem="orderNotReady")
@@ -278,6 +280,7 @@ def test_what_a_ca_finds_is_read_once(life: Life) -> None:
     life.world.ca.validate_on = "look"
     life.world.closed_names = {names[0], names[1]}
     session = life.reach(State.VALIDATING, *names)
+    advance(life.bench, session)
     order, *_ = life.world.ca.orders.values()
     dead, slow, *_ = sorted(order.authorizations, key=lambda one: one.dns_name)
     asked = len(life.wire.sent)
@@ -299,7 +302,7 @@ def at_work(shown: dict[str, Any]) -> None:
     shown.update(status="pending", challenges=challenges)
 
 
-BEFORE_THE_END = [State.ORDERED, State.PUBLISHED, State.VALIDATING, State.FINALIZE_INTENT, State.FINALIZING]
+BEFORE_THE_END = [State.ORDERED, State.VALIDATING, State.FINALIZING]
 
 
 @pytest.mark.parametrize("state", BEFORE_THE_END)
@@ -325,7 +328,7 @@ def test_an_order_that_becomes_invalid(life: Life, state: State) -> None:
 
 def test_an_order_that_finalize_ends(life: Life) -> None:
     """A20: its authorizations are read as they are then, not as they were before they were proved."""
-    session = life.reach(State.FINALIZE_INTENT, NAME)
+    session = life.reach(State.FINALIZING, NAME)
     kill(life.world, "caa")
     (order,) = life.world.ca.orders.values()
     headers = {"content-type": "application/json"}
@@ -391,7 +394,7 @@ def test_a_caa_record_is_shown(life: Life, place: str) -> None:
 def test_a_caa_record_of_one_name_of_several(life: Life) -> None:
     """A47: the name is left out, and the record is shown with it."""
     names = ["a.example.com", "b.example.com", "c.example.com"]
-    session = life.reach(State.FINALIZE_INTENT, *names)
+    session = life.reach(State.FINALIZING, *names)
     part = {"type": f"{URN}caa", "detail": "forbidden", "identifier": {"type": "dns", "value": names[1]}}
     problem = {"type": f"{URN}caa", "detail": "rechecked", "subproblems": [part]}
     fail(life.world, "finalize", status=403, problem=problem)
@@ -406,7 +409,7 @@ def test_a_caa_record_of_one_name_of_several(life: Life) -> None:
 @pytest.mark.parametrize("status", ["expired", "revoked", "deactivated"])
 def test_an_authorization_that_ends(life: Life, status: str) -> None:
     """A22: nobody's fault; a new order, soon."""
-    session = life.reach(State.FINALIZE_INTENT, NAME)
+    session = life.reach(State.FINALIZING, NAME)
     kill(life.world, None, status)
     session.look_anew()
     life.move(session)
@@ -677,6 +680,9 @@ def sent_instead(life: Life, what: str, times: int) -> Session:
     """Take the renewal to the download, and let the CA answer that with something else."""
     (session,) = life.world.claim()
     life.move(session, State.FINALIZING)
+    while session.order is None or session.order.status is not OrderStatus.VALID:
+        advance(life.bench, session)
+        life.wait(session.wait_until or life.clock())
     ca = life.world.ca
     forge = Forge(ca.intermediate, ca.issued[-1].certificate.public_key(), life.clock())
     hostile = Hostile(forge, ca.issued[-1].chain_pem, to_pem(ca.root.certificate))
@@ -878,7 +884,7 @@ def test_one_refused_name_beside_four(life: Life) -> None:
 
 def test_the_same_names_twice(life: Life) -> None:
     """A58: another key type for names that are being ordered: ordered after, so that no CA gives both one order."""
-    first = life.reach(State.PUBLISHED, NAME)
+    first = life.reach(State.VALIDATING, NAME)
     want_as_well(life.world, "rsa-2048")
     (second,) = life.world.claim()
     life.move(second)
@@ -940,7 +946,7 @@ def test_an_authorization_of_two_orders(life: Life, first_ends: State, looks: bo
     second.authorizations = [shared]
     for session in (both, one):
         session.look_anew()
-        life.move(session, State.PUBLISHED)
+        life.move(session, State.VALIDATING)
     assert life.world.rows("SELECT count(*) FROM challenges WHERE token = :token", token=shared.token) == [(2,)]
 
     if first_ends is State.FAILED:
@@ -987,7 +993,7 @@ def test_ten_minutes_of_errors(life: Life, caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_directory_that_changes_while_orders_are_open(life: Life) -> None:
     """A25: an order goes on at its own addresses; what comes next asks where the directory says by now."""
-    session = life.reach(State.PUBLISHED, NAME)
+    session = life.reach(State.VALIDATING, NAME)
     life.wire.change("/directory", lambda directory: directory.update(newOrder="https://ca.test/gone"))
     life.bench.client.refresh_directory()
     life.move(session)

@@ -64,7 +64,7 @@ def test_states_are_committed_in_order(world: World) -> None:
 
     seen = list(dict.fromkeys(world.moves))
     assert seen == [
-        "order_intent", "ordered", "published", "validating", "finalize_intent", "finalizing", "done",
+        "order_intent", "ordered", "validating", "finalizing", "done",
     ]  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def test_nonces_that_are_refused_for_one_kind_of_request_only(world: World) -> N
 
     schedule_in_three_hours = 9
     assert world.ca.count("POST", "/finalize/*") <= 10 * (12 + schedule_in_three_hours)
-    assert world.last_issuance("a.example.com").state == "finalize_intent"
+    assert world.last_issuance("a.example.com").state == "finalizing"
 
 
 # -- an issuance that kills its workers -----------------------------------------------------------------

@@ -192,7 +192,7 @@ def publish(db: Database) -> Callable[[Connection], None]:
     issuance_id = session.issuance.id
 
     def publish(tx: Connection) -> None:
-        values = {"state": State.PUBLISHED, "account_id": account.id, "key_pem": "k", "csr_der": b"c"}
+        values = {"state": State.VALIDATING, "account_id": account.id, "key_pem": "k", "csr_der": b"c"}
         tx.execute(update(table).where(table.c.id == issuance_id).values(values))
 
     return publish
@@ -246,7 +246,7 @@ def test_issuances_of_an_account_are_counted_while_they_are_open(
     db.write(publish)
     assert counts() == (1, 1)
     issuance_id = db.read(lambda tx: tx.execute(select(table.c.id)).scalar_one())
-    for state, expected in ((State.VALIDATING, (1, 1)), (State.FINALIZE_INTENT, (1, 0)), (State.FAILED, (0, 0))):
+    for state, expected in ((State.VALIDATING, (1, 1)), (State.FINALIZING, (1, 0)), (State.FAILED, (0, 0))):
         db.write(lambda tx, state=state: tx.execute(update(table).values(state=state)))  # type: ignore[misc]
         assert counts() == expected
     assert db.read(lambda tx: issuances.find(tx, issuance_id)) is not None

@@ -23,15 +23,13 @@ _MEANING = {
     "queued": "the scan found a name without a certificate",
     "order_intent": "key sealed, CSR and account stored: nothing was ordered yet",
     "ordered": "the CA opened an order; its URL is stored",
-    "published": "challenge published: the responder can answer it",
-    "validating": "the CA was told to look; it comes through HAProxy's http listener",
-    "finalize_intent": "the CA is convinced that the name is ours; about to send the CSR",
-    "finalizing": "CSR sent",
+    "validating": "challenge published; the CA is told to look, and comes through HAProxy's http listener",
+    "finalizing": "the CA is convinced that the name is ours, and gets the CSR",
     "done": "signed and checked: our key, exactly our names; activated with policy and audit log in one transaction",
     "served": "HAProxy proved by a TLS handshake that it presents the new leaf",
 }
 
-_REMEMBERED = "the CA still remembers that the name is ours, and need not look; about to send the CSR"
+_REMEMBERED = "the CA still remembers that the name is ours, and gets the CSR"
 
 _GATEWAY = """\
 listeners = [
@@ -149,7 +147,7 @@ def _follow(screen: Screen, service: RunningService, position: int) -> float:
             continue
         at = datetime.fromisoformat(event["timestamp"])
         began = began or at
-        remembered = state == "finalize_intent" and shown == "ordered"
+        remembered = state == "finalizing" and shown == "ordered"
         screen.step((at - began).total_seconds(), state, _REMEMBERED if remembered else _MEANING[state])
         shown = state
         if state == "served":
