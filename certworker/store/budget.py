@@ -13,7 +13,7 @@ from sqlalchemy import Connection, bindparam, delete, select, tuple_, update
 
 from certworker.core import budget
 from certworker.core.budget import Charge, Granted, Limit, Refused
-from certworker.store.rows import columns_of, lock_rows, to_value
+from certworker.store.rows import among, columns_of, lock_rows, to_value
 from certworker.store.tables import rate_buckets
 
 
@@ -142,8 +142,8 @@ def _lock(tx: Connection, directory_url: str, account_id: str, buckets: list[str
 
 _FIND = select(*columns_of(_Bucket, rate_buckets)).where(
     rate_buckets.c.directory_url == bindparam("of_ca"),
-    rate_buckets.c.account.in_(bindparam("accounts", expanding=True)),
-    rate_buckets.c.bucket.in_(bindparam("names", expanding=True)),
+    among(rate_buckets.c.account, "accounts"),
+    among(rate_buckets.c.bucket, "names"),
 )
 
 

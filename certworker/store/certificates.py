@@ -9,7 +9,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from certworker.core.certificate import Leaf
 from certworker.store import audit, counters
-from certworker.store.rows import columns_of, pages, to_value
+from certworker.store.rows import among, columns_of, pages, to_value
 from certworker.store.tables import certificates, removed_certificates
 
 
@@ -71,7 +71,7 @@ def of_lineages(tx: Connection, lineage_ids: Sequence[str]) -> dict[str, Present
 
 
 _OF_LINEAGES = select(certificates.c.lineage_id, *columns_of(Present, certificates)).where(
-    certificates.c.lineage_id.in_(bindparam("lineages", expanding=True))
+    among(certificates.c.lineage_id, "lineages")
 )
 
 

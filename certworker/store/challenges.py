@@ -6,7 +6,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, delete, exists, insert, select
 
-from certworker.store.rows import new_id
+from certworker.store.rows import among, new_id
 from certworker.store.tables import challenges, issuances
 
 
@@ -49,7 +49,7 @@ def withdraw(tx: Connection, issuance_ids: Sequence[str]) -> None:
     tx.execute(_DELETE, {"issuances": issuance_ids})
 
 
-_DELETE = delete(challenges).where(challenges.c.issuance_id.in_(bindparam("issuances", expanding=True)))
+_DELETE = delete(challenges).where(among(challenges.c.issuance_id, "issuances"))
 
 
 def withdraw_stale(tx: Connection, before: datetime) -> int:

@@ -31,7 +31,7 @@ from sqlalchemy import (
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
-from certworker.store.rows import columns_of, insert_new_all, new_id, pages, to_value
+from certworker.store.rows import among, columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import OPEN_STATE, issuances, lineages, policy_lineages
 from certworker.store.types import db_now, seconds_from_now
 
@@ -126,7 +126,7 @@ def _open_ids(tx: Connection, lineage_ids: Iterable[str]) -> dict[str, str]:
     return {row[0]: row[1] for page in pages(sorted(lineage_ids)) for row in tx.execute(_OPEN_IDS, {"ids": page})}
 
 
-_OF_LINEAGES = issuances.c.lineage_id.in_(bindparam("ids", expanding=True))
+_OF_LINEAGES = among(issuances.c.lineage_id, "ids")
 _OPEN_IDS = select(issuances.c.lineage_id, issuances.c.id).where(_OF_LINEAGES, _OPEN)
 _MARK_URGENT = update(issuances).where(_OF_LINEAGES, _OPEN).values(urgent=True)
 
@@ -206,7 +206,7 @@ def results(tx: Connection, ids: list[str]) -> dict[str, Result]:
     return {one.id: one for one in found}
 
 
-_RESULTS = select(*columns_of(Result, issuances)).where(issuances.c.id.in_(bindparam("ids", expanding=True)))
+_RESULTS = select(*columns_of(Result, issuances)).where(among(issuances.c.id, "ids"))
 
 
 def history(tx: Connection, lineage_id: str, limit: int = 20) -> list[Issuance]:
@@ -291,7 +291,7 @@ def _due(*, urgent: bool, restricted: bool, of_ca: bool) -> Select[Any]:
         .with_for_update(skip_locked=True)
     )
     if restricted:
-        query = query.where(issuances.c.id.in_(bindparam("only", expanding=True)))
+        query = query.where(among(issuances.c.id, "only"))
     if of_ca:
         of_it = (lineages.c.id == issuances.c.lineage_id, lineages.c.directory_url == bindparam("directory"))
         query = query.where(exists(select(1).where(*of_it)))
@@ -419,7 +419,7 @@ def being_ordered(tx: Connection, hashes: Collection[str], account_id: str, now:
 
 _ORDERING = select(issuances.c.names_hash).where(
     text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN_STATE}"),
-    issuances.c.names_hash.in_(bindparam("hashes", expanding=True)),
+    among(issuances.c.names_hash, "hashes"),
     issuances.c.state != State.QUEUED,
     issuances.c.account_id == bindparam("account"),
     issuances.c.attempt_at <= bindparam("soon"),
@@ -518,7 +518,7 @@ def _lease_end() -> seconds_from_now:
     return seconds_from_now(literal(int(LEASE.total_seconds())))
 
 
-_LEASE = update(issuances).where(issuances.c.id.in_(bindparam("ids", expanding=True))).values(
+_LEASE = update(issuances).where(among(issuances.c.id, "ids")).values(
     lease_owner=bindparam("worker"),
     lease_token=issuances.c.lease_token + 1,
     lease_until=_lease_end(),
@@ -528,7 +528,7 @@ _LEASE = update(issuances).where(issuances.c.id.in_(bindparam("ids", expanding=T
 ).returning(*columns_of(Issuance, issuances))  # fmt: skip
 _HELD = (
     select(issuances.c.id)
-    .where(issuances.c.id.in_(bindparam("ids", expanding=True)), _OPEN, issuances.c.lease_owner == bindparam("worker"))
+    .where(among(issuances.c.id, "ids"), _OPEN, issuances.c.lease_owner == bindparam("worker"))
     .order_by(issuances.c.id)  # as `record_all` locks them
     .with_for_update()
 )

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, bindparam, delete, exists, func, insert, lite
 from certworker.core.certificate import Leaf, Validity
 from certworker.core.names import names_hash
 from certworker.store import policies
-from certworker.store.rows import columns_of, insert_new_all, new_id, pages, to_value
+from certworker.store.rows import among, columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import certificates, issuances, lineage_names, lineages, policy_lineages, tls_policies
 from certworker.store.types import UtcTime
 
@@ -81,7 +81,7 @@ def find_all(tx: Connection, ids: Sequence[str]) -> dict[str, Lineage]:
     return {row.id: to_value(Lineage, row) for row in tx.execute(_FIND_ALL, {"ids": ids})}
 
 
-_FIND_ALL = select(*columns_of(Lineage, lineages)).where(lineages.c.id.in_(bindparam("ids", expanding=True)))
+_FIND_ALL = select(*columns_of(Lineage, lineages)).where(among(lineages.c.id, "ids"))
 
 
 def lock(tx: Connection, lineage_id: str) -> Lineage | None:
@@ -102,7 +102,7 @@ def lock_all(tx: Connection, ids: Iterable[str]) -> dict[str, str]:
     return {row[0]: row[1] for page in pages(sorted(ids)) for row in tx.execute(_LOCK_ALL, {"ids": page})}
 
 
-_AMONG = lineages.c.id.in_(bindparam("ids", expanding=True))
+_AMONG = among(lineages.c.id, "ids")
 _LOCK_ALL = select(lineages.c.id, lineages.c.status).where(_AMONG).order_by(lineages.c.id).with_for_update()
 
 
@@ -116,7 +116,7 @@ def linked_ids(tx: Connection, policy_ids: Iterable[str]) -> dict[str, set[str]]
 
 
 _LINKED = select(policy_lineages.c.policy_id, policy_lineages.c.lineage_id).where(
-    policy_lineages.c.policy_id.in_(bindparam("ids", expanding=True))
+    among(policy_lineages.c.policy_id, "ids")
 )
 
 
@@ -137,7 +137,7 @@ def _ids_by_hash(tx: Connection, hashes: list[str], issuer: Issuer) -> dict[str,
 
 
 _BY_HASH = select(lineages.c.names_hash, lineages.c.id).where(
-    lineages.c.names_hash.in_(bindparam("hashes", expanding=True)),
+    among(lineages.c.names_hash, "hashes"),
     *(lineages.c[name] == bindparam(name) for name in ("directory_url", "profile", "key_type")),
 )
 
@@ -231,7 +231,7 @@ _WANTED_AMONG = select(lineages.c.id).where(
 )
 
 
-_OF_LINEAGES = policy_lineages.c.lineage_id.in_(bindparam("ids", expanding=True))
+_OF_LINEAGES = among(policy_lineages.c.lineage_id, "ids")
 
 
 def is_wanted(tx: Connection, lineage_id: str) -> bool:
@@ -398,7 +398,7 @@ def left_out_among(tx: Connection, ids: list[str]) -> dict[str, list[LeftOut]]:
 
 _LEFT_OUT_AMONG = (
     select(lineage_names.c.lineage_id, *columns_of(LeftOut, lineage_names))
-    .where(lineage_names.c.lineage_id.in_(bindparam("ids", expanding=True)), lineage_names.c.left_out_at.is_not(None))
+    .where(among(lineage_names.c.lineage_id, "ids"), lineage_names.c.left_out_at.is_not(None))
     .order_by(lineage_names.c.dns_name)
 )
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Select, Text, bindparam, delete, exists, func
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from certworker.store import audit
-from certworker.store.rows import columns_of, insert_new, new_id, pages, to_value
+from certworker.store.rows import among, columns_of, insert_new, new_id, pages, to_value
 from certworker.store.tables import certificates, lineages, policy_lineages, tls_policies
 
 
@@ -74,7 +74,7 @@ def _read(tx: Connection, query: Select[Any], ids: list[str]) -> dict[str, Polic
     return {policy.id: policy for policy in (to_value(Policy, row) for row in rows)}
 
 
-_AMONG = tls_policies.c.id.in_(bindparam("ids", expanding=True))
+_AMONG = among(tls_policies.c.id, "ids")
 _FIND = select(*columns_of(Policy, tls_policies)).where(_AMONG)
 _LOCK = _FIND.order_by(tls_policies.c.id).with_for_update()
 

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Row, Update, and_, bindparam, case, exists, n
 from certworker.core.certificate import Validity
 from certworker.core.issuance import State
 from certworker.core.renewal import Predecessor, RenewalInfo, Window, due_at, may_replace
+from certworker.store.rows import among
 from certworker.store.tables import OPEN_STATE, issuances, lineages
 from certworker.store.types import UtcTime
 
@@ -75,7 +76,7 @@ _NEXT_LOOK = case(
 )
 _TAKE = (
     update(lineages)
-    .where(lineages.c.id.in_(bindparam("ids", expanding=True)))
+    .where(among(lineages.c.id, "ids"))
     .values(ari_check_at=_NEXT_LOOK)
     .returning(
         lineages.c.id, lineages.c.dns_names, lineages.c.renewal_id, lineages.c.not_before, lineages.c.not_after,

@@ -1,8 +1,8 @@
 """Small facts the program remembers about itself, by name."""
 
-from sqlalchemy import Connection, bindparam, delete, inspect, select
+from sqlalchemy import Connection, delete, inspect, select
 
-from certworker.store.rows import insert_new, put_row
+from certworker.store.rows import among, insert_new, put_row
 from certworker.store.tables import settings_kv
 
 KEK_CHECK = "kek_check"
@@ -40,9 +40,7 @@ def find_all(tx: Connection, *keys: str) -> dict[str, str]:
     return {row[0]: row[1] for row in tx.execute(_FIND_ALL, {"keys": keys})}
 
 
-_FIND_ALL = select(settings_kv.c.key, settings_kv.c.value).where(
-    settings_kv.c.key.in_(bindparam("keys", expanding=True))
-)
+_FIND_ALL = select(settings_kv.c.key, settings_kv.c.value).where(among(settings_kv.c.key, "keys"))
 
 
 def put(tx: Connection, key: str, value: str) -> None:

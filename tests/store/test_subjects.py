@@ -363,7 +363,7 @@ def test_a_policys_status_is_one_look_up_whatever_it_wants(db: Database) -> None
     plan = explain(db, lambda tx: policies.refresh_statuses(tx, ids, NOW), before=1)
 
     assert "ix_policy_lineages_lacking" in plan
-    assert "SCAN" not in plan
+    assert "SCAN" not in plan.replace("SCAN json_each", "")
     assert "Hash" not in plan
 
 
