@@ -19,6 +19,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from certworker import parts, wiring
+from certworker.cores import Core
 from certworker.errors import DatabaseHeld
 from certworker.steps.crew import Crew
 from certworker.steps.deliver import Scopes
@@ -329,6 +330,7 @@ class _Wait:
             self._node.start()
         self._stack.callback(crew.stop)
         crew.start()
+        Core().gather([*crew.threads, *responder.threads])
 
     def _beaten(self, db_now: datetime | None) -> None:
         if db_now is not None:

@@ -142,7 +142,13 @@ class Responder:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=[self._listener], name="responder", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._tell_fetched, name="responder-tell", daemon=True).start()
+        self._teller = threading.Thread(target=self._tell_fetched, name="responder-tell", daemon=True)
+        self._teller.start()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """What answers, once it is started."""
+        return [self._thread, self._teller]
 
     def stop(self) -> None:
         """Close the port and every connection; repeating it is harmless."""

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from certworker import parts, wiring
 from certworker.api.server import ApiServer
 from certworker.core.issuance import State
+from certworker.cores import Core
 from certworker.embedded import EmbeddedNode
 from certworker.errors import StoreError
 from certworker.scheduler import Job, Timetable
@@ -64,6 +65,7 @@ class Service:
         self._listener = parts.make_listener(app, self._told)
         self._announced = False
         self._scopes = Scopes()
+        self._core = Core()
         self._overdue = 0
         """Certificates that nodes should have served by now, when it was last looked."""
         self._stopping = threading.Event()
@@ -99,6 +101,7 @@ class Service:
             if self._node is not None:
                 self._node.start()
             self._crew.start()
+            self._share_one_core()
             self._timetable.start()
             if self._listener is not None:
                 self._listener.start()
@@ -278,8 +281,12 @@ class Service:
         if self._node is not None:
             self._node.poke()
 
+    def _share_one_core(self) -> None:
+        self._core.gather([*self._crew.threads, *self._responder.threads])
+
     def _beaten(self, db_now: datetime | None) -> None:
         """Follow the database's clock; what waits for a time that will not come looks now."""
+        self._share_one_core()
         if db_now is None:
             self._app.db.write(self._sign_on)
         elif abs(self._app.clock.anchor(db_now)) > _JUMP:

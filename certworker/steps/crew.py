@@ -97,11 +97,17 @@ class Crew:
 
     def start(self) -> None:
         """Start the threads."""
-        targets: list[tuple[str, Callable[[], None]]] = [("leases", self._keep_leases)]
-        targets += [(f"issuer-{n}", self._work) for n in range(min(self._concurrency, _MOST_THREADS))]
-        self._threads = [threading.Thread(target=target, name=name, daemon=True) for name, target in targets]
+        self._keeper = threading.Thread(target=self._keep_leases, name="leases", daemon=True)
+        many = min(self._concurrency, _MOST_THREADS)
+        issuers = [threading.Thread(target=self._work, name=f"issuer-{n}", daemon=True) for n in range(many)]
+        self._threads = [self._keeper, *issuers]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """What works on issuances, once it is started."""
+        return [thread for thread in self._threads if thread is not self._keeper]
 
     def stop(self, within: timedelta = _DRAIN) -> bool:
         """Finish the actions under way, give every lease back; return whether all ended in time.
