@@ -74,7 +74,8 @@ class Crew:
         """Threads with nothing to do."""
         self._watch = threading.Condition(self._lock)
         """One of them, which watches the time; it hears of what is due sooner than it was."""
-        self._watched = False
+        self._watched: datetime | None = None
+        """Until when that thread sleeps; None: nobody watches."""
         self._waiting = Waiting()
         self._in_work: dict[str, Session] = {}
         """By issuance id."""
@@ -209,16 +210,17 @@ class Crew:
 
     def _await_work(self, now: datetime) -> None:
         """Wait until there may be something to do: one thread watches the time, the others are called."""
-        if self._watched:
+        if self._watched is not None:
             self._idle.wait(POLL.total_seconds())
             return
-        self._watched = True
-        self._watch.wait(self._pause(now).total_seconds())
-        self._watched = False
+        pause = self._pause(now)
+        self._watched = now + pause
+        self._watch.wait(pause.total_seconds())
+        self._watched = None
 
     def _call_another(self) -> None:
         """Let somebody else see what there is to do, or watch the time."""
-        if not self._watched:
+        if self._watched is None:
             self._idle.notify()
 
     def _wake_all(self) -> None:
@@ -252,6 +254,8 @@ class Crew:
         """Keep a session until its time; while stopping, only what the CA is validating."""
         if self._goes_on(session):
             self._waiting.put(session)
+            if self._watched is not None and until(session) < self._watched:
+                self._watch.notify()
 
     def _admitted(self, room: int) -> int:
         """Return how many may be claimed: fewer than there is room for while the CA is in trouble."""
