@@ -315,7 +315,7 @@ class _Wait:
         self._crew = crew = Crew(
             bench, worker_id, app.settings.concurrency, self._only, may_order=self._can_answer, beaten=self._beaten
         )
-        responder = parts.make_responder(app, crew.fetched)
+        responder = parts.make_responder(app, crew)
         responder.start()
         self._stack.callback(responder.stop)
         agent = parts.make_agent(app)

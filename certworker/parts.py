@@ -14,6 +14,7 @@ from certworker.ca.transport import Transport
 from certworker.responder import Responder
 from certworker.settings import Settings
 from certworker.steps.barrier import Barrier
+from certworker.steps.crew import Crew
 from certworker.steps.gate import Gate
 from certworker.steps.pace import Pace, Paces
 from certworker.steps.register import Accounts, Registration
@@ -86,14 +87,15 @@ def _look_up_caa(dns_name: str, server: str | None) -> str:
     return look_up_caa(dns_name, server)
 
 
-def make_responder(app: App, on_fetch: Callable[[str], object]) -> Responder:
+def make_responder(app: App, crew: Crew) -> Responder:
     """Return the responder, not started; it answers any live token of the database."""
     host, _, port = app.settings.responder_listen.rpartition(":")
     return Responder(
         host.strip("[]"),
         int(port),
         lambda token: app.db.read(lambda tx: challenges.find_key_authorization(tx, token)),
-        on_fetch,
+        crew.fetched,
+        at_hand=crew.answer,
     )
 
 

@@ -103,15 +103,17 @@ class Responder:
         find: Callable[[str], str | None],
         on_fetch: Callable[[str], object],
         limits: Limits = Limits(),
+        at_hand: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         """Answer on `host`:`port` with the key authorization that `find` returns for a live token.
 
-        Both callables run in threads and may block. `on_fetch` is told the tokens that were answered
-        to GET; fetches that come before it could be told are one call, and what it raises is dropped.
+        `at_hand` is asked first, and must not block. The two others run in threads and may. `on_fetch` is told the
+        tokens that were answered to GET; fetches that come before it could be told are one call, and what it
+        raises is dropped.
         """
         self.counters = Counters()
         self._host, self._port = host, port
-        self._find, self._on_fetch, self._limits = find, on_fetch, limits
+        self._find, self._on_fetch, self._limits, self._at_hand = find, on_fetch, limits, at_hand
         self._listener: socket.socket | None = None
         self._conversations: set[Conversation] = set()
         self._untold: set[str] = set()
@@ -167,7 +169,7 @@ class Responder:
         self.stop()
 
     def _run(self, listener: socket.socket) -> None:
-        self._lookups = Lookups(self._loop, self._find, self._limits)
+        self._lookups = Lookups(self._loop, self._find, self._limits, self._at_hand)
         self._accept_from(listener)
         self._loop.run_forever()
         listener.close()
@@ -381,8 +383,11 @@ class Conversation:
 class Lookups:
     """Calls `find` in threads, not more often than the limits allow, and remembers live answers."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, find: Callable[[str], str | None], limits: Limits) -> None:
-        self._loop, self._find, self._limits = loop, find, limits
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, find: Callable[[str], str | None], limits: Limits,
+        at_hand: Callable[[str], str | None],
+    ) -> None:  # fmt: skip
+        self._loop, self._find, self._limits, self._at_hand = loop, find, limits, at_hand
         self._pool = ThreadPoolExecutor(LOOKUP_THREADS, "responder-lookup")
         self._running: dict[str, asyncio.Future[str | None]] = {}
         self._live: OrderedDict[str, tuple[float, str]] = OrderedDict()
@@ -390,7 +395,9 @@ class Lookups:
         self._allowance_at = 0.0
 
     def remembered(self, token: str) -> str | None:
-        """Return the key authorization of a token that was live seconds ago."""
+        """Return the key authorization of a token that is proved in this process, or was live seconds ago."""
+        if (found := self._at_hand(token)) is not None:
+            return found
         until, known = self._live.get(token, (0.0, ""))
         return known if until > self._loop.time() else None
 

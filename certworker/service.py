@@ -75,7 +75,7 @@ class Service:
                 self._bench, self._worker_id, app.settings.concurrency, may_order=self._can_answer,
                 beaten=self._beaten, poll=POLL if self._listener is None else _TOLD_POLL,
             )  # fmt: skip
-            self._responder = parts.make_responder(app, self._crew.fetched)
+            self._responder = parts.make_responder(app, self._crew)
             self._node = EmbeddedNode(agent, self._verify) if (agent := parts.make_agent(app)) is not None else None
             self._timetable = Timetable(self._jobs())
             self._node_api = parts.make_node_api(app)

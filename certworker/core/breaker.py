@@ -138,7 +138,7 @@ def after_success(breaker: Breaker, now: datetime) -> Breaker:
     """Return what becomes of it when the CA answers a request of an issuance as RFC 8555 has it."""
     match breaker.state:
         case State.CLOSED:
-            return replace(breaker, failures=0)
+            return replace(breaker, failures=0) if breaker.failures else breaker
         case State.HALF_OPEN if breaker.successes + 1 < _CLOSES_AFTER:
             return replace(breaker, successes=breaker.successes + 1)
         case State.HALF_OPEN:

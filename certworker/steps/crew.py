@@ -167,6 +167,11 @@ class Crew:
                 self._waiting.put(session)
                 self._watch.notify()
 
+    def answer(self, token: str) -> str | None:
+        """Return the key authorization of a token that is being proved here; asks nobody, and waits for nobody."""
+        session = self._by_token.get(token)
+        return None if session is None else session.answers.get(token)
+
     @property
     def in_flight(self) -> int:
         """How many issuances this worker holds."""
@@ -332,11 +337,11 @@ class Crew:
         """Know what the CA is about to fetch, before it is told that it may."""
         if session.issuance.state == State.VALIDATING and not session.told:
             with self._lock:
-                self._by_token |= dict.fromkeys(session.tokens, session)
+                self._by_token |= dict.fromkeys(session.answers, session)
 
     def _let_go(self, session: Session) -> None:
         """Forget a session; one that is still open may be claimed again."""
-        for token in session.tokens:
+        for token in session.answers:
             self._by_token.pop(token, None)
         if self._only is not None:
             self._only.pop(session.issuance.id, None)

@@ -216,7 +216,8 @@ class Gate:
 
         `answered` is whether the CA has answered this worker, None if that does not show.
         """
-        if change(self._seen) == self._seen:
+        seen = self._seen
+        if (after := change(seen)) is seen or after == seen:
             if answered:
                 self._unanswered = 0
             return False

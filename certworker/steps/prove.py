@@ -89,8 +89,9 @@ def _publish(bench: Bench, session: Session, state: State) -> tuple[Authorizatio
     published = bench.journal.write(_PUBLISH, _Publication(bench, session.issuance, state, offers, bench.clock()))
     if published is None:
         raise _later(bench, session)
-    session.issuance, session.looks, session.fetched = published, 0, False
-    session.tokens = tuple(token for _, token in offers)
+    session.issuance, answers = published
+    session.looks, session.fetched = 0, False
+    session.answers = {answer.token: answer.key_authorization for answer in answers}
     return session.authorizations
 
 
@@ -115,17 +116,19 @@ class _Publication:
         ]
 
 
-def _publish_all(tx: Connection, publications: Sequence[_Publication]) -> list[Issuance | None]:
+def _publish_all(
+    tx: Connection, publications: Sequence[_Publication]
+) -> list[tuple[Issuance, list[Answer]] | None]:  # fmt: skip
     """Let the responders answer; None for those whose account's key is being changed."""
     accounts, now = publications[0].bench.accounts, max(one.now for one in publications)
     ids = sorted({one.issuance.account_id or "" for one in publications})
     keys = {account_id: accounts.publishing_key(tx, account_id) for account_id in ids}
     named = [(one, keys[one.issuance.account_id or ""]) for one in publications]
-    published = [(one, key) for one, key in named if key is not None]
-    challenges.publish_all(tx, [answer for one, key in published for answer in one.answers(key)], now)
+    published = [(one, one.answers(key)) for one, key in named if key is not None]
+    challenges.publish_all(tx, [answer for _, answers in published for answer in answers], now)
     moved = issuances.record_all(tx, [one.change for one, _ in published])
-    by_id = {issuance.id: issuance for issuance in moved}
-    return [by_id.get(one.issuance.id) for one in publications]
+    done = {issuance.id: (issuance, answers) for issuance, (_, answers) in zip(moved, published, strict=True)}
+    return [done.get(one.issuance.id) for one in publications]
 
 
 _PUBLISH = Kind(turn=4, write=_publish_all)

@@ -3,8 +3,8 @@
 Shared by `issue`, which moves it forward, `trouble`, which says what a failure leads to, and `crew`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from sqlalchemy import Connection
@@ -68,8 +68,8 @@ class Session:
     """Its order was intended in this session, so that it was asked a moment ago whether anybody wants it."""
     looks: int = 0
     """How often it was looked whether the CA is done with what it is at, since it showed that it is at it."""
-    tokens: tuple[str, ...] = ()
-    """What the CA fetches while this issuance is proved."""
+    answers: Mapping[str, str] = field(default_factory=dict)
+    """What the CA fetches while this issuance is proved: key authorizations by token, committed."""
     told: bool = False
     """The CA is told to look, or was."""
     fetched: bool = False

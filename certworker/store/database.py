@@ -16,6 +16,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,6 +96,8 @@ class Database:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._writer = threading.Lock() if engine.dialect.name == "sqlite" else None
+        self._kept: Connection | None = None
+        """The one that writes, of SQLite: taken from the pool and given back, it costs more than what is written."""
 
     @property
     def engine(self) -> Engine:
@@ -120,10 +123,20 @@ class Database:
         if self._writer is None:
             with self._connect(at_one_moment=at_one_moment) as connection, connection.begin():
                 return fn(connection)
-        with self._writer, self._engine.connect() as connection:
-            connection = connection.execution_options(certworker_write=True)
-            with connection.begin():
-                return fn(connection)
+        with self._writer:
+            if self._kept is None:
+                self._kept = self._engine.connect().execution_options(certworker_write=True)
+            try:
+                with self._kept.begin():
+                    return fn(self._kept)
+            except BaseException:
+                self._give_up_kept()
+                raise
+
+    def _give_up_kept(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
 
     def read(self, fn: Callable[[Connection], T], *, at_one_moment: bool = False) -> T:
         """Run `fn` in one read transaction: all its statements see the same moment on SQLite, and if asked to."""
@@ -167,6 +180,8 @@ class Database:
 
     def close(self) -> None:
         """Close every connection."""
+        with self._writer or nullcontext():
+            self._give_up_kept()
         self._engine.dispose()
 
 
