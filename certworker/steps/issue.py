@@ -251,7 +251,7 @@ def _look(bench: Bench, session: Session) -> None:
 def _intend_finalize(bench: Bench, session: Session) -> None:
     if session.fetched:
         bench.paces.verdict.learn(session.looks)
-    session.looks, session.authorizations = 0, None
+    session.looks, session.fetched, session.authorizations = 0, False, None
     session.issuance = bench.journal.write(_FINALIZE, (session, bench.clock()))
 
 

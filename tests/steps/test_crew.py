@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 import pytest
 from sqlalchemy import Connection, select, update
@@ -20,12 +21,15 @@ from certworker.store.tables import issuances as table
 
 from .world import World
 
+T = TypeVar("T")
 
-def until(look: Callable[[], object], limit: float = 20.0) -> None:
+
+def until(look: Callable[[], T], limit: float = 20.0) -> T:
     give_up_at = time.monotonic() + limit
-    while not look():
+    while not (seen := look()):
         assert time.monotonic() < give_up_at, "it did not happen in time"
         time.sleep(0.01)
+    return seen
 
 
 def real_time(world: World) -> None:
@@ -164,6 +168,26 @@ def test_the_cas_fetch_wakes_the_issuance(world: World) -> None:
         crew.fetched("another-token-that-nobody-waits-for")
         crew.fetched(str(token))
         until(lambda: states(world) == ["done"], limit=10)
+
+
+def test_a_fetch_is_no_news_of_the_certificate(world: World) -> None:
+    """What the CA says after finalize, it says of another wait: its Retry-After is obeyed."""
+    real_time(world)
+    world.ca.validate_on = "look"
+    world.ca.retry_after = "20"
+    world.add_policy("a.test")
+    world.take_over()
+
+    with working(world) as crew:
+        until(lambda: world.ca.count("POST", "/challenge/*"))
+        (token,) = [row[0] for row in world.rows("SELECT token FROM challenges")]
+        crew.fetched(str(token))
+        until(lambda: world.ca.count("POST", "/finalize/*"))
+        asked = world.ca.count("POST", "/order/*")
+        (session,) = until(lambda: list(crew._waiting))
+        assert session.wait_until is not None
+        assert session.wait_until - world.clock() > timedelta(seconds=15)
+    assert world.ca.count("POST", "/order/*") == asked
 
 
 def test_a_stop_gives_every_lease_back(world: World) -> None:
