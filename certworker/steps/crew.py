@@ -164,8 +164,7 @@ class Crew:
             session.fetched, session.looks = True, 0
             if session in self._waiting:
                 session.wait_until = min(until(session), self._bench.clock() + self._bench.paces.verdict.wait(0))
-                self._waiting.put(session)
-                self._watch.notify()
+                self._wait_for(session)
 
     def answer(self, token: str) -> str | None:
         """Return the key authorization of a token that is being proved here; asks nobody, and waits for nobody."""
@@ -258,9 +257,12 @@ class Crew:
     def _hold(self, session: Session) -> None:
         """Keep a session until its time; while stopping, only what the CA is validating."""
         if self._goes_on(session):
-            self._waiting.put(session)
-            if self._watched is not None and until(session) < self._watched:
-                self._watch.notify()
+            self._wait_for(session)
+
+    def _wait_for(self, session: Session) -> None:
+        self._waiting.put(session)
+        if self._watched is not None and until(session) < self._watched:
+            self._watch.notify()
 
     def _admitted(self, room: int) -> int:
         """Return how many may be claimed: fewer than there is room for while the CA is in trouble."""
