@@ -93,6 +93,9 @@ class DatabaseHeld(CertworkerError):
 class StoreError(CertworkerError):
     """The database cannot be used as it is."""
 
+    contended = False
+    """Somebody else's transaction was in the way of some rows; others may be written."""
+
 
 class StoreRefused(StoreError):
     """The database is there and will not have this value: asking again cannot help."""

@@ -19,12 +19,17 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 
 from certworker.cli import pebble as pebble_module
 from certworker.cli.pebble import Pebble, free_ports
 from certworker.store import schema
 from certworker.store.database import Database, open_database
+
+# No test fails for a machine that is slow for a moment.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

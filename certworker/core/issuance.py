@@ -164,5 +164,5 @@ def wait_for(retry_after: timedelta | None, looks: int, patience: Patience = Pat
     if retry_after is not None:
         # A CA that says "at once" again and again is believed a few times only.
         return min(max(retry_after, SHORTEST_WAIT if looks < _BELIEVED else _POLITE), LONGEST_WAIT)
-    steps = min(looks, 50)  # far past `longest`; a long wait must not overflow
+    steps = min(looks, 25)  # far past `longest`; a long wait must not overflow
     return min(patience.first * patience.growth**steps, patience.longest)

@@ -41,6 +41,8 @@ _FENCE = timedelta(seconds=25)
 """A lease heard of longer ago is made sure of first: what is left of it must outlive a request's 30 s."""
 _STORAGE = (0.2, 10.0)
 """Seconds between two tries to write to a database that failed: the first and the longest."""
+_CONTENDED = timedelta(seconds=5)
+"""When an issuance is tried again for which somebody else has locked a row: the others must not wait for it."""
 _DRAIN = timedelta(seconds=8)
 """How long a stop waits for CAs that are validating."""
 _LAST_ACTION = timedelta(seconds=5)
@@ -163,8 +165,11 @@ class Crew:
                 return
             session.fetched, session.looks = True, 0
             if session in self._waiting:
-                session.wait_until = min(until(session), self._bench.clock() + self._bench.paces.verdict.wait(0))
+                session.wait_until = self._after_fetch(session)
                 self._wait_for(session)
+
+    def _after_fetch(self, session: Session) -> datetime:
+        return min(until(session), self._bench.clock() + self._bench.paces.verdict.wait(0))
 
     def answer(self, token: str) -> str | None:
         """Return the key authorization of a token that is being proved here; asks nobody, and waits for nobody."""
@@ -257,6 +262,8 @@ class Crew:
     def _hold(self, session: Session) -> None:
         """Keep a session until its time; while stopping, only what the CA is validating."""
         if self._goes_on(session):
+            if session.fetched and session.looks == 0 and _is_validating(session):
+                session.wait_until = self._after_fetch(session)  # it came while we were on the way here
             self._wait_for(session)
 
     def _wait_for(self, session: Session) -> None:
@@ -323,13 +330,16 @@ class Crew:
             kept = self._keeps(session)
         except LeaseLost as error:
             _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id, "error": str(error)})
-        except StoreError:
+        except StoreError as error:
             # Whether the last write was committed shows when the database is back.
             session.unsure, session.wait_until, kept = True, None, True
+            if error.contended:
+                session.wait_until = self._bench.clock() + _CONTENDED
             raise
         finally:
             with self._lock:
-                del self._in_work[session.issuance.id]
+                if self._in_work.get(session.issuance.id) is session:
+                    del self._in_work[session.issuance.id]
                 if kept:
                     self._hold(session)
                 else:
@@ -339,12 +349,18 @@ class Crew:
         """Know what the CA is about to fetch, before it is told that it may."""
         if session.issuance.state == State.VALIDATING and not session.told:
             with self._lock:
-                self._by_token |= dict.fromkeys(session.answers, session)
+                self._forget_tokens(session)
+                session.expected = tuple(session.answers)
+                self._by_token |= dict.fromkeys(session.expected, session)
+
+    def _forget_tokens(self, session: Session) -> None:
+        for token in session.expected:
+            if self._by_token.get(token) is session:  # two orders may share one
+                del self._by_token[token]
 
     def _let_go(self, session: Session) -> None:
         """Forget a session; one that is still open may be claimed again."""
-        for token in session.answers:
-            self._by_token.pop(token, None)
+        self._forget_tokens(session)
         if self._only is not None:
             self._only.pop(session.issuance.id, None)
             if session.issuance.is_open:

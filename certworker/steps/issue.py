@@ -166,7 +166,7 @@ class _Intent:
 
 def _intend(tx: Connection, intents: Sequence[_Intent]) -> list[Issuance | Refusal | _Not]:
     """Debit the rate ledger and fix everything that the orders say, in one transaction."""
-    if len(intents) == 1:  # of several none is written again: their claims have moved on
+    if alone := len(intents) == 1:  # of several none is written again: their claims have moved on, and each is alone
         recorded = issuances.find_recorded(tx, intents[0].session.issuance, State.ORDER_INTENT)
         if recorded is not None:
             return [recorded]
@@ -176,14 +176,16 @@ def _intend(tx: Connection, intents: Sequence[_Intent]) -> list[Issuance | Refus
     answers: dict[str, Issuance | Refusal | _Not] = {}
     for account_id in sorted(used):
         ordering = [one for one in intents if one.account_id == account_id and one.lineage_id in wanted]
-        answers |= _debit(tx, ordering, account_id)
+        answers |= _debit(tx, ordering, account_id, alone=alone)
     for intent in intents:
         if intent.lineage_id not in wanted:
             answers[intent.lineage_id] = cancel(tx, intent.session, intent.now)
     return [answers.get(intent.lineage_id, _Not.OTHER_ACCOUNT) for intent in intents]
 
 
-def _debit(tx: Connection, intents: Sequence[_Intent], account_id: str) -> dict[str, Issuance | Refusal | _Not]:
+def _debit(
+    tx: Connection, intents: Sequence[_Intent], account_id: str, *, alone: bool
+) -> dict[str, Issuance | Refusal | _Not]:  # fmt: skip
     """Do so for those whose order is wanted, with the account that orders are made with; by lineage."""
     if not intents:
         return {}
@@ -200,7 +202,8 @@ def _debit(tx: Connection, intents: Sequence[_Intent], account_id: str) -> dict[
     asked = [charge for of_one in charges.values() for charge in of_one]
     ledger = budget.Ledger(tx, bench.accounts.directory_url, asked, account_id, now)
     # Every order of these names waits for the same bucket's row: what is committed is all there is.
-    ordering = issuances.being_ordered(tx, {intent.key["names_hash"] for intent in intents}, account_id, now)
+    ours = [intent.session.issuance.id for intent in intents]
+    ordering = issuances.being_ordered(tx, {intent.key["names_hash"] for intent in intents}, account_id, ours, now)
     answers: dict[str, Issuance | Refusal | _Not] = {}
     changes: dict[str, issuances.Change] = {}
     for intent in intents:
@@ -216,7 +219,8 @@ def _debit(tx: Connection, intents: Sequence[_Intent], account_id: str) -> dict[
                 urgent=intent.session.is_urgent(now), failures=0, error=None, **intent.key,
             )  # fmt: skip
     ledger.write()
-    return answers | dict(zip(changes, issuances.record_all(tx, list(changes.values())), strict=True))
+    recorded = issuances.record_all(tx, list(changes.values()), alone=alone)
+    return answers | dict(zip(changes, recorded, strict=True))
 
 
 _INTEND = Kind(turn=0, write=_intend)
@@ -350,7 +354,7 @@ class _Activation:
 
 def _activate_all(tx: Connection, activations: Sequence[_Activation]) -> list[Issuance]:
     """Let the new certificates serve: certificates, lineages, policies, issuances and audit in one transaction."""
-    if len(activations) == 1:
+    if alone := len(activations) == 1:
         recorded = issuances.find_recorded(tx, activations[0].session.issuance, State.DONE)
         if recorded is not None:
             return [recorded]
@@ -358,9 +362,10 @@ def _activate_all(tx: Connection, activations: Sequence[_Activation]) -> list[Is
     locked = lineages.find_and_lock(tx, ids)
     linked = lineages.linked_among(tx, ids)
     serving = [one for one in activations if one.session.lineage.id in linked]
-    closed = issuances.record_all(tx, [
+    closings = [
         issuances.closing(one.session.issuance, State.DONE, one.now, error=None, **one.downloaded) for one in serving
-    ])  # fmt: skip
+    ]
+    closed = issuances.record_all(tx, closings, alone=alone)
     challenges.withdraw(tx, [issuance.id for issuance in closed])
     if serving:
         _let_serve(tx, serving, locked)

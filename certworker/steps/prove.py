@@ -12,7 +12,7 @@ from certworker.ca.keys import AccountKey
 from certworker.core.issuance import State, still_validating, to_answer, unproved
 from certworker.core.order import Authorization
 from certworker.core.retry import classify_order, names_refused
-from certworker.errors import AnswerFault, CaError, ProblemReported
+from certworker.errors import AnswerFault, ProblemReported
 from certworker.steps import trouble
 from certworker.steps.session import Bench, Session, account_of
 from certworker.store import challenges, issuances
@@ -37,8 +37,8 @@ class NotYet(Exception):
 
 def publish_challenges(bench: Bench, session: Session) -> None:
     """Let the responders answer."""
-    _publish(bench, session, State.VALIDATING)
     session.told = False
+    _publish(bench, session, State.VALIDATING)
 
 
 def answer_challenges(bench: Bench, session: Session) -> None:
@@ -50,7 +50,7 @@ def answer_challenges(bench: Bench, session: Session) -> None:
         session.told = True  # from now on it may look, whatever becomes of its answer
         try:
             _tell_to_look(bench, session, account, session.authorizations)
-        except (CaError, NotYet):
+        except BaseException:
             session.told = False
             raise
     trouble.await_ca(bench, session)

@@ -70,6 +70,8 @@ class Session:
     """How often it was looked whether the CA is done with what it is at, since it showed that it is at it."""
     answers: Mapping[str, str] = field(default_factory=dict)
     """What the CA fetches while this issuance is proved: key authorizations by token, committed."""
+    expected: tuple[str, ...] = ()
+    """Tokens that the crew knows it by."""
     told: bool = False
     """The CA is told to look, or was."""
     fetched: bool = False
@@ -101,7 +103,7 @@ class Session:
 
     def look_anew(self) -> None:
         """Forget what the CA said."""
-        self.order = self.authorizations = None
+        self.order, self.authorizations, self.told = None, None, False
 
 
 def open_sessions(tx: Connection, claimed: Sequence[Issuance]) -> list[Session]:

@@ -25,7 +25,7 @@ class Waiting:
         return iter(list(self._sessions.values()))
 
     def __contains__(self, session: Session) -> bool:
-        return session.issuance.id in self._sessions
+        return self._sessions.get(session.issuance.id) is session
 
     def put(self, session: Session) -> None:
         """Let a session wait until its time; one that waits already gets its new time."""

@@ -77,6 +77,8 @@ _REPEATED = frozenset({
     "53300",  # it has no connection left
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
 })  # fmt: skip
+_CONTENDED = frozenset(["40001", "40P01", "55P03"])
+"""Of these, what somebody else's transaction on some rows has brought about."""
 _CONNECTION_LOST = "08"
 _ADVICE: Mapping[str | int | None, str] = {
     "25006": "the database is read-only; look whether its server is a standby, or was set so",
@@ -313,4 +315,6 @@ def _store_error(doing: str, error: Exception) -> StoreError:
         return StoreError(f"cannot {doing} the database: none of our connections to it became free in {_POOL_WAIT:g} s")
     kind = StoreRefused if isinstance(error, (IntegrityError, DataError)) else StoreError
     advice = _ADVICE.get(_code(error))
-    return kind(f"cannot {doing} the database: {first_line(error)}" + (f": {advice}" if advice else ""))
+    said = kind(f"cannot {doing} the database: {first_line(error)}" + (f": {advice}" if advice else ""))
+    said.contended = _code(error) in _CONTENDED
+    return said

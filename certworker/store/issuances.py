@@ -23,6 +23,7 @@ from sqlalchemy import (
     delete,
     exists,
     literal,
+    not_,
     or_,
     select,
     text,
@@ -89,7 +90,7 @@ class Issuance:
 
     @property
     def is_open(self) -> bool:
-        return State(self.state) not in CLOSED
+        return self.state not in CLOSED
 
 
 def queue(tx: Connection, lineage_id: str, reason: str, now: datetime, *, urgent: bool = False) -> str | None:
@@ -341,11 +342,11 @@ def closing(claimed: Issuance, state: State, now: datetime, **values: Any) -> Ch
     return change(claimed, now, state=state, closed_at=now, lease_owner=None, lease_until=None, **values)
 
 
-def record_all(tx: Connection, changes: Sequence[Change]) -> list[Issuance]:
+def record_all(tx: Connection, changes: Sequence[Change], *, alone: bool | None = None) -> list[Issuance]:
     """Write changes of several issuances and return these as they are then; LeaseLost if any has moved on.
 
-    Of several nothing may be kept then, because it shows only for each alone whether it was this very claim
-    that has written it before (see `find_recorded`).
+    Of several nothing may be kept then. Only one that is `alone` in its transaction (by default: if it is one) may
+    have been written before by this very claim, whose COMMIT was not answered; see `find_recorded`.
     """
     alike: dict[tuple[str, ...], list[Change]] = {}
     for one in sorted(changes, key=lambda one: one.claimed.id):  # all that lock several do it in this order
@@ -353,7 +354,8 @@ def record_all(tx: Connection, changes: Sequence[Change]) -> list[Issuance]:
     if all(_write_fenced(tx, group) for group in alike.values()):
         return [_changed(one) for one in changes]
     first = changes[0]
-    recorded = find_recorded(tx, first.claimed, first.values.get("state", "")) if len(changes) == 1 else None
+    may_be_again = len(changes) == 1 if alone is None else alone
+    recorded = find_recorded(tx, first.claimed, first.values.get("state", "")) if may_be_again else None
     if recorded is None:
         raise LeaseLost(f"issuance {first.claimed.id} belongs to another worker now, so nothing more is sent for it")
     return [recorded]
@@ -408,12 +410,14 @@ def read_again(tx: Connection, claimed: Issuance) -> Issuance:
     return found
 
 
-def being_ordered(tx: Connection, hashes: Collection[str], account_id: str, now: datetime) -> set[str]:
-    """Return which of these sets of names open issuances order with this account, if not set aside for long.
+def being_ordered(
+    tx: Connection, hashes: Collection[str], account_id: str, besides: Collection[str], now: datetime
+) -> set[str]:  # fmt: skip
+    """Return which of these sets of names other open issuances order with this account, if not set aside for long.
 
     A CA may answer two of them with one order (Boulder does), which only one of them can finalize.
     """
-    asked = {"hashes": sorted(hashes), "account": account_id, "soon": now + _SET_ASIDE}
+    asked = {"hashes": sorted(hashes), "account": account_id, "ours": sorted(besides), "soon": now + _SET_ASIDE}
     return set(tx.execute(_ORDERING, asked).scalars())
 
 
@@ -421,6 +425,7 @@ _ORDERING = select(issuances.c.names_hash).where(
     text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN_STATE}"),
     among(issuances.c.names_hash, "hashes"),
     issuances.c.state != State.QUEUED,
+    not_(among(issuances.c.id, "ours")),
     issuances.c.account_id == bindparam("account"),
     issuances.c.attempt_at <= bindparam("soon"),
 )
@@ -518,7 +523,13 @@ def _lease_end() -> seconds_from_now:
     return seconds_from_now(literal(int(LEASE.total_seconds())))
 
 
+_GOES_ON = {
+    "key_ready": "queued", "published": "validating", "authorized": "validating", "finalize_intent": "finalizing",
+    "issued": "finalizing",
+}  # fmt: skip
+"""What a worker of the release before leaves behind, beside which this one may be started (see migration 0008)."""
 _LEASE = update(issuances).where(among(issuances.c.id, "ids")).values(
+    state=case(_GOES_ON, value=issuances.c.state, else_=issuances.c.state),
     lease_owner=bindparam("worker"),
     lease_token=issuances.c.lease_token + 1,
     lease_until=_lease_end(),

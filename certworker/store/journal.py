@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from certworker.errors import StoreError, StoreRefused
+from certworker.errors import StoreError
 from certworker.store.database import Database, Transaction
 
 ItemT = TypeVar("ItemT")
@@ -72,21 +72,32 @@ class Journal:
             entries, self._entries = self._entries, []
         try:
             _settle(entries, self._db.write(lambda tx: _write(tx, entries)))
-        except StoreRefused:
-            self._write_each(entries)
-        except StoreError as error:  # the database is not there, for nobody
-            for entry in entries:
-                entry.end(error=error)
-        except Exception:  # noqa: BLE001 - each is told its own
-            self._write_each(entries)
+        except Exception as error:  # noqa: BLE001 - raised where it was handed in
+            if len(entries) == 1 or _is_gone(error):
+                _give_up(entries, error)
+            else:
+                self._write_each(entries)
 
     def _write_each(self, entries: Sequence[_Entry]) -> None:
         """Something is wrong with one of them: write each alone, so that it shows which, and stops no other."""
-        for entry in entries:
+        for number, entry in enumerate(entries):
             try:
                 _settle([entry], self._db.write(lambda tx: _write(tx, [entry])))  # noqa: B023 - called at once
             except Exception as error:  # noqa: BLE001 - raised where it was handed in
                 entry.end(error=error)
+                if _is_gone(error):
+                    _give_up(entries[number + 1 :], error)
+                    return
+
+
+def _is_gone(error: Exception) -> bool:
+    """Say whether the database is not there, for nobody, rather than refusing something."""
+    return type(error) is StoreError and not error.contended
+
+
+def _give_up(entries: Sequence[_Entry], error: Exception) -> None:
+    for entry in entries:
+        entry.end(error=error)
 
 
 def _write(tx: Transaction, entries: Sequence[_Entry]) -> list[Any]:

@@ -14,7 +14,7 @@ from .worker import Rig
 pytestmark = pytest.mark.pebble
 
 NAME = "under-way.chaos.test"
-NEW = 1500
+NEW = 6000
 
 
 def test_a_start_among_thousands_of_new_policies(rig: Rig) -> None:

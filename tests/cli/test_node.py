@@ -1,5 +1,7 @@
 """`node` and `agent`, as typed."""
 
+from tempfile import TemporaryDirectory
+
 import pytest
 
 from certworker.core.transit import read_enrolment_token
@@ -81,7 +83,11 @@ def test_a_name_is_one_nodes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_agent_without_a_token(cli: Cli) -> None:
     """Says what to do; a wrong token is not shown."""
-    folder = str(cli.folder / "n")
+    with TemporaryDirectory(prefix="cw-") as folder:  # its path has room for a socket's
+        assert_a_token_is_asked_for(cli, folder)
+
+
+def assert_a_token_is_asked_for(cli: Cli, folder: str) -> None:
     cli("agent", "--folder", folder).refused(2, "certworker node enroll NAME")
     refused = cli("agent", "--folder", folder, "--enroll", "cwe1.c2VjcmV0")
     refused.refused(2, "the enrolment token")
@@ -91,8 +97,11 @@ def test_an_agent_without_a_token(cli: Cli) -> None:
 
 def test_an_agent_beside_a_proxy_of_its_own(cli: Cli) -> None:
     """Its commands are looked at before anything is done."""
-    folder = str(cli.folder / "n")
+    with TemporaryDirectory(prefix="cw-") as folder:
+        assert_commands_are_looked_at(cli, folder)
 
+
+def assert_commands_are_looked_at(cli: Cli, folder: str) -> None:
     cli("agent", "--folder", folder, "--check", "nginx -t").refused(2, "say --reload too")
     cli("agent", "--folder", folder, "--reload", "systemctl 'reload").refused(2, "must be a command line")
     cli("agent", "--folder", folder, "--reload", "no-such-program -x").refused(2, "no program 'no-such-program'")

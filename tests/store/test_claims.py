@@ -376,14 +376,15 @@ def test_another_order_for_the_same_names_is_seen(db: Database) -> None:
     account = add_account(db)
     key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s", "names_hash": "h", "account_id": account}
 
-    def asks(account_id: str = account) -> bool:
-        return db.read(lambda tx: issuances.being_ordered(tx, {"h", "other"}, account_id, NOW)) == {"h"}
+    def asks(account_id: str = account, besides: tuple[str, ...] = ()) -> bool:
+        return db.read(lambda tx: issuances.being_ordered(tx, {"h", "other"}, account_id, besides, NOW)) == {"h"}
 
     ready = db.write(lambda tx: issuances.record(tx, first, NOW, **key))
     assert not asks()
     intends = db.write(lambda tx: issuances.record(tx, ready, NOW, state=State.ORDER_INTENT))
     assert asks()
     assert not asks(new_id())
+    assert not asks(besides=(first.id,))
     db.write(lambda tx: issuances.close(tx, intends, State.FAILED, NOW))
     assert not asks()
 
@@ -467,3 +468,15 @@ def test_a_lease_of_a_clock_that_ran_ahead_is_none(db: Database) -> None:
     assert taken.id == held.id
     with pytest.raises(LeaseLost):
         db.write(lambda tx: issuances.record(tx, held, NOW, state=State.ORDER_INTENT))
+
+
+def test_what_a_worker_of_the_release_before_left_goes_on(db: Database) -> None:
+    """It ran beside the new one for a while, and committed a state that is no more."""
+    queue_some(db, 1)
+    left = {"state": "published", "key_pem": "k", "csr_der": b"c"}
+    db.write(lambda tx: tx.execute(update(rows).values(**left)))
+
+    (held,) = claim(db)
+
+    assert (held.state, held.is_open) == (State.VALIDATING, True)
+    assert db.write(lambda tx: issuances.record(tx, held, NOW, state=State.FINALIZING)).state == State.FINALIZING

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import text
 
-from certworker.errors import LeaseLost, StoreError
+from certworker.errors import LeaseLost, SealError, StoreError
 from certworker.store import settings_kv
 from certworker.store.database import Database, Transaction
 from certworker.store.journal import Journal, Kind
@@ -30,6 +30,8 @@ class Diary:
         for item in items:
             if item == "lost":
                 raise LeaseLost("another worker has it")
+            if item == "sealed":
+                raise SealError("with another key")  # a StoreError, but the database is there
             if item == "gone":
                 raise StoreError("it does not answer")
             settings_kv.put(tx, item, "written")
@@ -100,6 +102,14 @@ def test_one_that_fails_stops_no_other(db: Database) -> None:
     assert sorted(diary.companies[2:]) == [["b"], ["d"], ["lost"]]
     assert written(db) >= {"a", "b", "d"}
     assert "lost" not in written(db)
+
+
+def test_one_that_does_not_open_stops_no_other(db: Database) -> None:
+    """The database is there for the others."""
+    answers = together(Journal(db), Diary(), "a", "b", "sealed", "d")
+
+    assert [answers[0], answers[1], answers[3]] == ["A", "B", "D"]
+    assert isinstance(answers[2], SealError)
 
 
 def test_kinds_have_turns(db: Database) -> None:
