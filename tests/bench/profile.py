@@ -27,7 +27,7 @@ AT = {
 }
 WITH = {
     "SQL: statements built, sent, read": r"sqlalchemy|psycopg|sqlite|store/database\.py",
-    "signing (josepy)": r"ca/jws\.py|josepy",
+    "signing": r"ca/jws\.py|josepy|AccountKey",
     "TLS and HTTP": r"ca/(transport|connection|proxies|headers)\.py|http/client\.py|ssl\.py|socket(server)?\.py",
     "answers read": r"ca/(messages|fields)\.py|json/",
     "keys, CSR, chain, seal": r"ca/(csr|keys)\.py|core/certificate\.py|store/seal\.py|cryptography",
