@@ -243,6 +243,9 @@ CONTESTANTS = {
         "`certworker run` on PostgreSQL, 4 workers", lambda task: certworker(task, *RUN, until_active=True, workers=4),
         200, postgresql=True,
     ),
+    "certworker-64": Contestant(
+        "`certworker renew` with CONCURRENCY=64", lambda task: certworker(task, *RENEW, CONCURRENCY="64"), 1000
+    ),
     "certworker-256": Contestant(
         "`certworker renew` with CONCURRENCY=256", lambda task: certworker(task, *RENEW, CONCURRENCY="256"), 256
     ),
