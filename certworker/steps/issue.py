@@ -37,7 +37,7 @@ from certworker.errors import (
     SealError,
 )
 from certworker.steps import prove, trouble
-from certworker.steps.session import Bench, Session, account_of, cancel, give_back, record
+from certworker.steps.session import Bench, Session, Turn, account_of, cancel, give_back, record
 from certworker.store import budget, certificates, challenges, issuances, lineages, renewal_info
 from certworker.store.budget import Refusal
 from certworker.store.certificates import Activation
@@ -223,7 +223,7 @@ def _debit(
     return answers | dict(zip(changes, recorded, strict=True))
 
 
-_INTEND = Kind(turn=0, write=_intend)
+_INTEND = Kind(Turn.INTEND, _intend)
 
 
 def _find_replaceable(tx: Connection, intent: _Intent, account_id: str) -> str | None:
@@ -233,7 +233,8 @@ def _find_replaceable(tx: Connection, intent: _Intent, account_id: str) -> str |
 
 
 def _place_order(bench: Bench, session: Session) -> None:
-    if not session.intended and not _still_wanted(bench, session):
+    asked_just_now, session.intended = session.intended, False  # for one try: the next may be much later
+    if not asked_just_now and not _still_wanted(bench, session):
         return
     profile, replaces = session.lineage.profile or None, session.issuance.replaces
     order = bench.client.new_order(account_of(bench, session), session.dns_names, profile, replaces)
@@ -271,7 +272,7 @@ def _intend_finalizing(tx: Connection, asked: Sequence[tuple[Session, datetime]]
     return [done.get(session.issuance.id) or cancel(tx, session, now) for session, now in asked]
 
 
-_FINALIZE = Kind(turn=2, write=_intend_finalizing)
+_FINALIZE = Kind(Turn.FINALIZE, _intend_finalizing)
 
 
 def _finalize(bench: Bench, session: Session) -> None:
@@ -375,7 +376,7 @@ def _activate_all(tx: Connection, activations: Sequence[_Activation]) -> list[Is
     ]
 
 
-_ACTIVATE = Kind(turn=1, write=_activate_all)
+_ACTIVATE = Kind(Turn.ACTIVATE, _activate_all)
 
 
 def _let_serve(tx: Connection, activations: Sequence[_Activation], locked: Mapping[str, Lineage]) -> None:

@@ -14,7 +14,7 @@ from certworker.core.order import Authorization
 from certworker.core.retry import classify_order, names_refused
 from certworker.errors import AnswerFault, ProblemReported
 from certworker.steps import trouble
-from certworker.steps.session import Bench, Session, account_of
+from certworker.steps.session import Bench, Session, Turn, account_of
 from certworker.store import challenges, issuances
 from certworker.store.challenges import Answer
 from certworker.store.issuances import Change, Issuance
@@ -131,7 +131,7 @@ def _publish_all(
     return [done.get(one.issuance.id) for one in publications]
 
 
-_PUBLISH = Kind(turn=4, write=_publish_all)
+_PUBLISH = Kind(Turn.PUBLISH, _publish_all)
 
 
 def _later(bench: Bench, session: Session) -> NotYet:

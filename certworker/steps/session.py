@@ -6,6 +6,7 @@ Shared by `issue`, which moves it forward, `trouble`, which says what a failure 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import IntEnum, auto
 
 from sqlalchemy import Connection
 
@@ -112,7 +113,17 @@ def open_sessions(tx: Connection, claimed: Sequence[Issuance]) -> list[Session]:
     return [Session(issuance, found[issuance.lineage_id]) for issuance in claimed]
 
 
-RECORD = Kind(turn=3, write=issuances.record_all)
+class Turn(IntEnum):
+    """In which order the moves of one commit are written, the same in every worker: by what they lock first."""
+
+    INTEND = auto()  # rate buckets, before anything else (`budget.Ledger`)
+    ACTIVATE = auto()  # lineages, issuances, policies, the counter of revisions
+    FINALIZE = auto()  # issuances
+    RECORD = auto()  # issuances
+    PUBLISH = auto()  # accounts, which any number may hold, and issuances
+
+
+RECORD = Kind(Turn.RECORD, issuances.record_all)
 
 
 def record(bench: Bench, session: Session, state: State, **values: object) -> None:
