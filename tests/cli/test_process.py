@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 THREADS = """
 import ctypes, threading, tempfile
 from certworker.cli.process import share_memory
@@ -28,7 +26,6 @@ with tempfile.TemporaryFile() as told:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
 def test_threads_share_memory() -> None:
     """However many there are: glibc would give each a place of its own, up to eight for each core."""
     with_it = subprocess.check_output([sys.executable, "-c", THREADS], text=True)
