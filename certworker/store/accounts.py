@@ -19,10 +19,10 @@ from certworker.errors import InputError
 from certworker.store import audit
 from certworker.store.rows import columns_of, insert_new, new_id, to_value
 from certworker.store.seal import Sealer, is_sealed
-from certworker.store.tables import OPEN_STATE, acme_accounts, issuances
+from certworker.store.tables import OPEN, acme_accounts, issuances
 
 _KEYS = ("key", "pending_key")
-_OPEN = text(f"issuances.{OPEN_STATE}")
+_OPEN = text(f"issuances.{OPEN}")
 _PROVING = (State.VALIDATING,)
 """From key authorization to verdict: the CA compares with the key that the account has by then."""
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 Transaction = Connection
 """What `write` and `read` hand to a function; other rooms name it without speaking SQL."""
 
-SCHEMA_REVISION = "0008"
+SCHEMA_REVISION = "0009"
 """The migration this release of certworker works with; a test holds it to the newest one."""
 
 _ATTEMPTS = 5

@@ -33,7 +33,7 @@ from sqlalchemy import (
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
 from certworker.store.rows import among, columns_of, insert_new_all, new_id, pages, to_value
-from certworker.store.tables import OPEN_STATE, issuances, lineages, policy_lineages
+from certworker.store.tables import OPEN, issuances, lineages, policy_lineages
 from certworker.store.types import db_now, seconds_from_now
 
 LEASE = timedelta(seconds=60)
@@ -41,9 +41,9 @@ HEARTBEAT = timedelta(seconds=15)
 _SET_ASIDE = timedelta(minutes=10)
 """Another issuance for the same names does not wait for one that is not worked on for longer."""
 
-_OPEN = text(f"issuances.{OPEN_STATE}")
+_OPEN = text(f"issuances.{OPEN}")
 """Word for word as in the partial indexes, or SQLite reads the whole history instead."""
-_URGENT_OPEN = text(f"issuances.urgent AND issuances.{OPEN_STATE}")
+_URGENT_OPEN = text(f"issuances.urgent AND issuances.{OPEN}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +422,7 @@ def being_ordered(
 
 
 _ORDERING = select(issuances.c.names_hash).where(
-    text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN_STATE}"),
+    text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN}"),
     among(issuances.c.names_hash, "hashes"),
     issuances.c.state != State.QUEUED,
     not_(among(issuances.c.id, "ours")),

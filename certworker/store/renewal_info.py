@@ -15,7 +15,7 @@ from certworker.core.certificate import Validity
 from certworker.core.issuance import State
 from certworker.core.renewal import Predecessor, RenewalInfo, Window, due_at, may_replace
 from certworker.store.rows import among
-from certworker.store.tables import OPEN_STATE, issuances, lineages
+from certworker.store.tables import OPEN, issuances, lineages
 from certworker.store.types import UtcTime
 
 _UNWANTED = timedelta(hours=6)
@@ -121,7 +121,7 @@ _STILL_HELD = (
     lineages.c.renewal_id == bindparam("asked_about"),
     lineages.c.ari_check_at == bindparam("held_until"),
 )
-_OPEN_ONE = exists(select(1).where(issuances.c.lineage_id == lineages.c.id, text(f"issuances.{OPEN_STATE}")))
+_OPEN_ONE = exists(select(1).where(issuances.c.lineage_id == lineages.c.id, text(f"issuances.{OPEN}")))
 _SOONER = bindparam("sooner", type_=UtcTime)
 _AWAITS_PLAN = or_(lineages.c.failures == 0, lineages.c.next_check_at == bindparam("planned_before", type_=UtcTime))
 # The scan looks sooner if the new plan is, and if it is a plan that it waits for. What a failure has scheduled, or

@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import Connection, func, literal, literal_column, select, text, union_all
 
 from certworker.store.tables import (
-    OPEN_STATE,
+    OPEN,
     certificates,
     issuances,
     lineage_names,
@@ -14,9 +14,7 @@ from certworker.store.tables import (
     tls_policies,
 )
 
-_OPEN_BY_STATE = (
-    select(issuances.c.state, func.count()).where(text(f"issuances.{OPEN_STATE}")).group_by(issuances.c.state)
-)
+_OPEN_BY_STATE = select(issuances.c.state, func.count()).where(text(f"issuances.{OPEN}")).group_by(issuances.c.state)
 _POLICIES_BY_STATUS = select(tls_policies.c.status, func.count()).group_by(tls_policies.c.status)
 _CERTIFICATES = select(func.count()).select_from(certificates)
 _CERTIFICATES_NOT_ACTIVE = union_all(

@@ -1,5 +1,7 @@
 """Between rows and values: ids, dataclasses filled from columns of the same names, rows that may be there."""
 
+import os
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import fields
@@ -19,8 +21,20 @@ T = TypeVar("T")
 
 
 def new_id() -> str:
-    """Return a fresh row id: a random UUID, 36 lower-case characters."""
-    return str(uuid.uuid4())
+    """Return a fresh row id: a UUID of version 7, which rows made together lie together by.
+
+    Random ones would each dirty a page of every index that has them.
+    """
+    return id_of(time.time_ns() // 1_000_000, os.urandom(10))
+
+
+def id_of(milliseconds: int, noise: bytes) -> str:
+    """Return the UUID of version 7 (RFC 9562 §5.7) of this Unix time and ten random bytes, 36 lower-case characters."""
+    made = milliseconds << 80 | int.from_bytes(noise) & ~_VERSION_AND_VARIANT
+    return str(uuid.UUID(int=made | 0x7 << 76 | 0b10 << 62))
+
+
+_VERSION_AND_VARIANT = 0xF << 76 | 0b11 << 62
 
 
 @cache

@@ -138,6 +138,28 @@ def test_an_issuance_of_an_older_release_goes_on(empty: Database, gone: str, goe
     program.close()
 
 
+@pytest.mark.parametrize(("state", "closed_at"), [("failed", None), ("queued", "2026-11-22T13:00:00.000000Z")])
+def test_an_issuance_is_open_or_closed_in_both_columns(empty: Database, state: str, closed_at: str | None) -> None:
+    """Whatever another program has done to it: what is open is found by `closed_at` from then on."""
+    upgrade(empty, "0008")
+    program = Program(empty)
+    now, closed = "'2026-11-22T12:00:00.000000Z'", f"'{closed_at}'" if closed_at else "NULL"
+    program(
+        "INSERT INTO lineages (id, dns_names, names_hash, directory_url, key_type, created_at, updated_at)"
+        f" VALUES ('{POLICY}', '{'[]' if empty.embedded else '{}'}', 'h', 'u', 'k', {now}, {now})"
+    )
+    program(
+        "INSERT INTO issuances (id, lineage_id, reason, state, state_at, attempt_at, created_at, closed_at)"
+        f" VALUES ('{ROUTE}', '{POLICY}', 'first', '{state}', {now}, {now}, {now}, {closed})"
+    )
+
+    upgrade(empty)
+
+    is_closed = "SELECT closed_at = state_at FROM issuances WHERE closed_at IS NOT NULL"
+    assert empty.read(lambda tx: tx.execute(text(is_closed)).scalars().all()) == ([True] if state == "failed" else [])
+    program.close()
+
+
 def test_two_migrators_at_once(empty: Database) -> None:
     """The second waits for the first and finds nothing to do."""
     start = Barrier(2)

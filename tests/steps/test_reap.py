@@ -61,10 +61,12 @@ def test_a_worker_s_row_is_judged_by_the_database_s_time(world: World) -> None:
 def test_what_is_reaped_is_found_by_its_index(world: World) -> None:
     """However many issuances, tombstones and hosts there are, and however many of them stay."""
     now = world.clock()
+    # With no row in the table, one index of what is open costs PostgreSQL as much as another.
+    of_open = "ix_issuances_due" if world.db.embedded else "uq_issuances_open"
     plans = {
         "ix_issuances_fruitless": explain(world.db, lambda tx: issuances.forget_keys(tx, now, now), "DELETE"),
         "ix_issuances_ended": explain(world.db, lambda tx: issuances.forget_keys(tx, now, now), "DELETE", before=1),
-        "ix_issuances_due": explain(world.db, lambda tx: issuances.cancel_abandoned(tx, now, now), "UPDATE"),
+        of_open: explain(world.db, lambda tx: issuances.cancel_abandoned(tx, now, now), "UPDATE"),
         "removed_at": explain(world.db, lambda tx: certificates.forget_removed(tx, now), "DELETE"),
         "ix_thumbprints_removed": explain(world.db, lambda tx: thumbprints.forget_removed(tx, now), "DELETE"),
     }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, select, text, update
 
-from certworker.core.issuance import State
+from certworker.core.issuance import CLOSED, State
 from certworker.errors import InputError
 from certworker.store import accounts, audit, issuances
 from certworker.store.accounts import StoredAccount
@@ -247,7 +247,8 @@ def test_issuances_of_an_account_are_counted_while_they_are_open(
     assert counts() == (1, 1)
     issuance_id = db.read(lambda tx: tx.execute(select(table.c.id)).scalar_one())
     for state, expected in ((State.VALIDATING, (1, 1)), (State.FINALIZING, (1, 0)), (State.FAILED, (0, 0))):
-        db.write(lambda tx, state=state: tx.execute(update(table).values(state=state)))  # type: ignore[misc]
+        moved = update(table).values(state=state, closed_at=START if state in CLOSED else None)
+        db.write(lambda tx, moved=moved: tx.execute(moved))  # type: ignore[misc]
         assert counts() == expected
     assert db.read(lambda tx: issuances.find(tx, issuance_id)) is not None
     assert db.read(lambda tx: accounts.count_open(tx, "00000000-0000-4000-8000-000000000000")) == 0

@@ -401,11 +401,11 @@ def test_no_order_without_its_key(db: Database, program: Program, lineage_id: st
 def test_one_open_issuance_per_lineage(db: Database, program: Program, lineage_id: str) -> None:
     """The database refuses a second one; closed ones are many."""
     row = {"lineage_id": lineage_id, "reason": "first", "state_at": NOW, "attempt_at": NOW, "created_at": NOW}
-    db.write(lambda tx: tx.execute(insert(issuance_rows).values(id=ROUTE, state="failed", **row)))
+    db.write(lambda tx: tx.execute(insert(issuance_rows).values(id=ROUTE, state="failed", closed_at=NOW, **row)))
     db.write(lambda tx: tx.execute(insert(issuance_rows).values(id=POOL, state="queued", **row)))
 
     with pytest.raises(REFUSED):
-        program(f"UPDATE issuances SET state = 'queued' WHERE id = '{ROUTE}'")
+        program(f"UPDATE issuances SET state = 'queued', closed_at = NULL WHERE id = '{ROUTE}'")
 
 
 def test_a_second_connection_sees_the_same(db: Database, twin: Database) -> None:

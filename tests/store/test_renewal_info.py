@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Connection, insert, select, update
 
 from certworker.core.certificate import Validity
-from certworker.core.issuance import State
+from certworker.core.issuance import CLOSED, State
 from certworker.core.renewal import RenewalInfo, Window
 from certworker.store import accounts, issuances, renewal_info
 from certworker.store.database import Database
@@ -248,7 +248,8 @@ def test_an_issuance_under_way_is_not_looked_for(db: Database, state: State) -> 
     """The scan has queued it already; once it is closed, nothing holds the plan back."""
     lineage_id = serve(db, next_check_at=NOW + 35 * DAY)
     issuance_id = db.write(lambda tx: issuances.queue(tx, lineage_id, "forced", NOW))
-    closed = {"state": state, "key_pem": "k", "csr_der": b"c", "chain_pem": "c"}
+    closed_at = NOW if state in CLOSED else None
+    closed = {"state": state, "closed_at": closed_at, "key_pem": "k", "csr_der": b"c", "chain_pem": "c"}
     db.write(lambda tx: tx.execute(update(issuance_rows).where(issuance_rows.c.id == issuance_id).values(**closed)))
     record(db, take_one(db))
 
@@ -269,9 +270,10 @@ def add_issuance(db: Database, lineage_id: str, **columns: Any) -> str:
     issuance_id = new_id()
     row = {
         "id": issuance_id, "lineage_id": lineage_id, "reason": "first", "state": State.DONE, "state_at": NOW,
-        "attempt_at": NOW, "created_at": NOW, "key_pem": "k", "csr_der": b"c", "chain_pem": "c",
+        "attempt_at": NOW, "created_at": NOW, "key_pem": "k", "csr_der": b"c", "chain_pem": "c", **columns,
     }  # fmt: skip
-    db.write(lambda tx: tx.execute(insert(issuance_rows).values({**row, **columns})))
+    row["closed_at"] = NOW if row["state"] in CLOSED else None
+    db.write(lambda tx: tx.execute(insert(issuance_rows).values(row)))
     return issuance_id
 
 
