@@ -241,6 +241,8 @@ class Crew:
         claim_at, taken = now + self._poll * (0.8 + 0.4 * self._bench.draw()), dict[str, Session]()
         plenty = False
         try:
+            if self._is_claim_due(now):
+                self._bench.gate.refresh()
             room = self._admitted(room)
             if room > 0:
                 self._take(now, room, taken)
@@ -273,7 +275,6 @@ class Crew:
 
     def _admitted(self, room: int) -> int:
         """Return how many may be claimed: fewer than there is room for while the CA is in trouble."""
-        self._bench.gate.refresh()
         admitted = self._bench.gate.admits()
         return 0 if isinstance(admitted, datetime) else min(room, admitted - self.in_flight)
 
@@ -445,8 +446,10 @@ class Crew:
     def _may_claim(self, now: datetime) -> bool:
         if not self._has_room():
             return False
-        due = self._claim_at is None or self._claim_at <= now
-        return due or (self._plenty and self._room() * _AT_ONCE >= self._concurrency)
+        return self._is_claim_due(now) or (self._plenty and self._room() * _AT_ONCE >= self._concurrency)
+
+    def _is_claim_due(self, now: datetime) -> bool:
+        return self._claim_at is None or self._claim_at <= now
 
     def _has_room(self) -> bool:
         return self._room() > 0 and not self._claiming and not self._stopping.is_set() and self._may_order()
