@@ -7,12 +7,12 @@ children) and checked before the commit.
 from alembic import context
 from sqlalchemy import text
 
-from certworker.store.tables import metadata
+from certworker.store.tables import complete
 
 connection = context.config.attributes["connection"]
 sqlite = connection.dialect.name == "sqlite"
 
-context.configure(connection=connection, target_metadata=metadata, render_as_batch=True, compare_type=True)
+context.configure(connection=connection, target_metadata=complete(), render_as_batch=True, compare_type=True)
 with context.begin_transaction():
     context.run_migrations()
     if sqlite:

@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Select, Text, bindparam, delete, exists, func, select, text, type_coerce, update
-from sqlalchemy.dialects.postgresql import ARRAY
 
 from certworker.store import audit
 from certworker.store.rows import among, columns_of, insert_new, new_id, pages, to_value
@@ -103,6 +102,8 @@ def list_ids(tx: Connection, *, after: str = "", limit: int = 1000) -> list[str]
 def wanting(tx: Connection, dns_name: str) -> list[Policy]:
     """Return the policies whose `domains` has exactly this name, by id (GIN index on PostgreSQL)."""
     if tx.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import ARRAY  # slow to import, and loaded by then
+
         has_name = type_coerce(tls_policies.c.domains, ARRAY(Text)).contains([dns_name])
     else:
         each = func.json_each(tls_policies.c.domains).table_valued("value")

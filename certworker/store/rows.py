@@ -6,16 +6,19 @@ import uuid
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
-from typing import Any, TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, bindparam
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import KeyedColumnElement
 from sqlalchemy.sql.expression import FunctionElement
 
 from certworker.store.types import TextArray, UuidText
+
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql, sqlite
 
 T = TypeVar("T")
 
@@ -54,13 +57,13 @@ def insert_new(tx: Connection, table: Table, **values: Any) -> bool:
     Asking first is not enough on PostgreSQL: two transactions would both find nothing. Here the second
     waits for the first to commit, and its next statement sees the first one's row.
     """
-    row = _insert(tx, table).values(**values).on_conflict_do_nothing()
+    row = _insert(tx.dialect.name)(table).values(**values).on_conflict_do_nothing()
     return tx.execute(row.returning(*table.primary_key)).first() is not None
 
 
 def insert_new_all(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
     """The same for many rows at once, without saying which were inserted."""
-    tx.execute(_insert(tx, table).on_conflict_do_nothing(), rows)
+    tx.execute(_insert(tx.dialect.name)(table).on_conflict_do_nothing(), rows)
 
 
 def lock_rows(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
@@ -73,28 +76,33 @@ def lock_rows(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
 
 
 @cache
-def _insert_or_lock(table: Table, dialect: str) -> postgresql.Insert | sqlite.Insert:
+def _insert_or_lock(table: Table, dialect: str) -> "postgresql.Insert | sqlite.Insert":
     key = [*table.primary_key]
-    insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
-    return insert.on_conflict_do_update(index_elements=key, set_={key[0].name: key[0]})
+    return _insert(dialect)(table).on_conflict_do_update(index_elements=key, set_={key[0].name: key[0]})
 
 
 def put_row(tx: Connection, table: Table, **values: Any) -> None:
     """Insert a row, or let it take the place of the one with the same primary key."""
     tx.execute(
-        _insert(tx, table).values(**values).on_conflict_do_update(index_elements=[*table.primary_key], set_=values)
+        _insert(tx.dialect.name)(table)
+        .values(**values)
+        .on_conflict_do_update(index_elements=[*table.primary_key], set_=values)
     )
 
 
 def put_rows(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
     """The same for many rows at once, which name the same columns."""
-    insert = _insert(tx, table)
+    insert = _insert(tx.dialect.name)(table)
     taken_over = {name: insert.excluded[name] for name in rows[0] if not table.c[name].primary_key}
     tx.execute(insert.on_conflict_do_update(index_elements=[*table.primary_key], set_=taken_over), rows)
 
 
-def _insert(tx: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    return sqlite.insert(table) if tx.dialect.name == "sqlite" else postgresql.insert(table)
+@cache
+def _insert(dialect: str) -> "Callable[[Table], postgresql.Insert | sqlite.Insert]":
+    """Return the INSERT that a database has of its own: the other one's is slow to import."""
+    insert: Callable[[Table], postgresql.Insert | sqlite.Insert]
+    insert = import_module(f"sqlalchemy.dialects.{dialect}").insert
+    return insert
 
 
 class among(FunctionElement[Any]):  # noqa: N801 - reads like the operator it is

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from certworker.errors import SchemaError
 from certworker.store.database import SCHEMA_REVISION, Database, first_line, schema_revision
-from certworker.store.tables import metadata
+from certworker.store.tables import complete
 
 _MIGRATION_LOCK = 0x63_77_6D_69_67  # "cwmig": one migrator at a time on PostgreSQL
 
@@ -48,7 +48,7 @@ def differences(db: Database) -> list[str]:
         if found != SCHEMA_REVISION:
             return [f"the schema is {found or 'empty'}, this release needs {SCHEMA_REVISION}"]
         context = MigrationContext.configure(tx, opts={"compare_type": True, "include_object": _belongs})
-        return [str(difference) for difference in compare_metadata(context, metadata)]
+        return [str(difference) for difference in compare_metadata(context, complete())]
 
     return db.read(compare)
 

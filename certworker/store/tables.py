@@ -9,6 +9,7 @@ A `*_at` column is an instant in UTC. Due times (`next_check_at`, `attempt_at`, 
 the injected clock; lease and heartbeat times are the database's.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import (
@@ -41,9 +42,48 @@ NAMING = {
 metadata = MetaData(naming_convention=NAMING)
 
 
-def _table(name: str, *items: SchemaItem, **options: Any) -> Table:
+Rule = Callable[[], SchemaItem]
+"""Makes a constraint or an index of a table."""
+_rules: dict[Table, tuple[Rule, ...]] = {}
+"""What `complete` has not added yet."""
+
+
+def complete() -> MetaData:
+    """Return `metadata` with constraints and indexes too: what migrations make and compare.
+
+    Nothing else looks at them, and they are slow to make: for one partial index SQLAlchemy imports all that it has
+    for PostgreSQL.
+    """
+    while _rules:
+        table, rules = _rules.popitem()
+        forms = form_checks(table.columns)
+        Table(table.name, metadata, *(rule() for rule in rules), *forms, extend_existing=True)
+    return metadata
+
+
+def _table(name: str, *items: Column[Any] | Rule) -> Table:
     columns = [item for item in items if isinstance(item, Column)]
-    return Table(name, metadata, *items, *form_checks(columns), **options)
+    table = Table(name, metadata, *columns)
+    _rules[table] = tuple(item for item in items if not isinstance(item, Column))
+    return table
+
+
+def _index(name: str | None, *columns: str, where: str | None = None, unique: bool = False) -> Rule:
+    def make() -> Index:
+        partial: dict[str, Any] = (
+            {} if where is None else {"sqlite_where": text(where), "postgresql_where": text(where)}
+        )
+        return Index(name, *columns, unique=unique, **partial)
+
+    return make
+
+
+def _unique(*columns: str, name: str | None = None) -> Rule:
+    return lambda: UniqueConstraint(*columns, name=name)
+
+
+def _check(condition: str, name: str) -> Rule:
+    return lambda: CheckConstraint(condition, name=name)
 
 
 def _id() -> Column[str]:
@@ -62,9 +102,9 @@ def _enabled() -> Column[bool]:
     return Column("enabled", Boolean, nullable=False, server_default=text("true"))
 
 
-def _one_of(column: str, *values: str) -> CheckConstraint:
+def _one_of(column: str, *values: str) -> Rule:
     listed = ", ".join(f"'{value}'" for value in values)
-    return CheckConstraint(f"{column} IN ({listed})", name=f"{column}_known")
+    return _check(f"{column} IN ({listed})", name=f"{column}_known")
 
 
 OPEN = "closed_at IS NULL"
@@ -83,9 +123,9 @@ listeners = _table(
     _updated(),
     # ours: how HTTP-01 challenges are answered; no CHECK, a wrong value is a fault that the snapshot reports
     Column("challenge", Text),
-    UniqueConstraint("port", "protocol"),
+    _unique("port", "protocol"),
     _one_of("protocol", "http", "https"),
-    Index(None, "enabled"),
+    _index(None, "enabled"),
 )
 
 upstream_pools = _table(
@@ -96,7 +136,7 @@ upstream_pools = _table(
     Column("health_check", Json),
     _created(),
     _updated(),
-    UniqueConstraint("name"),
+    _unique("name"),
     _one_of("policy", "round_robin", "least_conn", "weighted"),
 )
 
@@ -112,9 +152,9 @@ routes = _table(
     _created(),
     _updated(),
     _one_of("type", "port", "path", "ws"),
-    Index(None, "listener_id"),
-    Index(None, "enabled"),
-    Index(None, "priority"),
+    _index(None, "listener_id"),
+    _index(None, "enabled"),
+    _index(None, "priority"),
 )
 
 upstream_targets = _table(
@@ -126,8 +166,8 @@ upstream_targets = _table(
     _enabled(),
     _created(),
     _updated(),
-    Index(None, "pool_id"),
-    Index(None, "enabled"),
+    _index(None, "pool_id"),
+    _index(None, "enabled"),
 )
 
 tls_policies = _table(
@@ -144,7 +184,7 @@ tls_policies = _table(
     Column("refused_names", Json),
     _one_of("mode", "auto", "manual"),
     _one_of("status", "active", "error", "pending"),
-    Index("tls_policies_domains_idx", "domains", postgresql_using="gin").ddl_if(dialect="postgresql"),
+    lambda: Index("tls_policies_domains_idx", "domains", postgresql_using="gin").ddl_if(dialect="postgresql"),
 )
 
 certificates = _table(
@@ -167,28 +207,13 @@ certificates = _table(
     Column("not_before", UtcTime),
     Column("revision", BigInteger),
     _one_of("status", "active", "expired", "error"),
-    Index(None, "domain"),
-    Index(None, "expires_at"),
-    Index(
-        "ix_certificates_active",
-        "expires_at",
-        sqlite_where=text("status = 'active'"),
-        postgresql_where=text("status = 'active'"),
-    ),
-    Index(
-        "ix_certificates_expired",
-        "expires_at",
-        sqlite_where=text("status = 'expired'"),
-        postgresql_where=text("status = 'expired'"),
-    ),
-    Index(
-        "ix_certificates_error",
-        "updated_at",
-        sqlite_where=text("status = 'error'"),
-        postgresql_where=text("status = 'error'"),
-    ),
-    Index("uq_certificates_lineage_id", "lineage_id", unique=True),
-    Index(None, "revision"),
+    _index(None, "domain"),
+    _index(None, "expires_at"),
+    _index("ix_certificates_active", "expires_at", where="status = 'active'"),
+    _index("ix_certificates_expired", "expires_at", where="status = 'expired'"),
+    _index("ix_certificates_error", "updated_at", where="status = 'error'"),
+    _index("uq_certificates_lineage_id", "lineage_id", unique=True),
+    _index(None, "revision"),
 )
 
 config_versions = _table(
@@ -203,16 +228,10 @@ config_versions = _table(
     Column("digest", Text),
     Column("restores", BigInteger),  # the number of the version that a roll-back brought back
     _one_of("status", "draft", "published", "archived"),
-    Index(None, "status"),
-    Index(None, "created_at"),
-    Index(
-        "uq_config_versions_published",
-        "status",
-        unique=True,
-        sqlite_where=text("status = 'published'"),
-        postgresql_where=text("status = 'published'"),
-    ),
-    Index("uq_config_versions_number", "number", unique=True),
+    _index(None, "status"),
+    _index(None, "created_at"),
+    _index("uq_config_versions_published", "status", unique=True, where="status = 'published'"),
+    _index("uq_config_versions_number", "number", unique=True),
 )
 
 node_status = _table(
@@ -222,9 +241,9 @@ node_status = _table(
     Column("version_id", UuidText, ForeignKey("config_versions.id")),
     Column("heartbeat_at", UtcTime, nullable=False),
     Column("metadata", Json),
-    UniqueConstraint("node_id"),
-    Index(None, "heartbeat_at"),
-    Index(None, "version_id"),
+    _unique("node_id"),
+    _index(None, "heartbeat_at"),
+    _index(None, "version_id"),
 )
 
 audit_logs = _table(
@@ -234,8 +253,8 @@ audit_logs = _table(
     Column("action", Text, nullable=False),
     Column("diff", Json, nullable=False),
     _created(),
-    Index(None, "actor"),
-    Index(None, "created_at"),
+    _index(None, "actor"),
+    _index(None, "created_at"),
 )
 
 acme_accounts = _table(
@@ -246,15 +265,9 @@ acme_accounts = _table(
     _created(),
     # ours
     Column("is_default", Boolean, server_default=text("false")),
-    Index(None, "directory_url"),
+    _index(None, "directory_url"),
     # Two workers that make the first account at the same time end up with one.
-    Index(
-        "uq_acme_accounts_default",
-        "directory_url",
-        unique=True,
-        sqlite_where=text("is_default"),
-        postgresql_where=text("is_default"),
-    ),
+    _index("uq_acme_accounts_default", "directory_url", unique=True, where="is_default"),
 )
 
 # -- ours ---------------------------------------------------------------------------------------
@@ -288,27 +301,11 @@ lineages = _table(
     _created(),
     _updated(),
     _one_of("status", "active", "error", "pending"),
-    UniqueConstraint("names_hash", "directory_url", "profile", "key_type", name="uq_lineages_wanted"),
-    Index(
-        "ix_lineages_due",
-        "next_check_at",
-        sqlite_where=text("next_check_at IS NOT NULL"),
-        postgresql_where=text("next_check_at IS NOT NULL"),
-    ),
-    Index(
-        "ix_lineages_ari",
-        "directory_url",
-        "ari_check_at",
-        sqlite_where=text("ari_check_at IS NOT NULL"),
-        postgresql_where=text("ari_check_at IS NOT NULL"),
-    ),
-    Index(None, "certificate_id"),
-    Index(
-        "ix_lineages_unserved",
-        "id",
-        sqlite_where=text("served_at IS NULL AND certificate_id IS NOT NULL"),
-        postgresql_where=text("served_at IS NULL AND certificate_id IS NOT NULL"),
-    ),
+    _unique("names_hash", "directory_url", "profile", "key_type", name="uq_lineages_wanted"),
+    _index("ix_lineages_due", "next_check_at", where="next_check_at IS NOT NULL"),
+    _index("ix_lineages_ari", "directory_url", "ari_check_at", where="ari_check_at IS NOT NULL"),
+    _index(None, "certificate_id"),
+    _index("ix_lineages_unserved", "id", where="served_at IS NULL AND certificate_id IS NOT NULL"),
 )
 
 lineage_names = _table(
@@ -320,13 +317,8 @@ lineage_names = _table(
     Column("probe_at", UtcTime),
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("error", Json),
-    Index(None, "lineage_id"),
-    Index(
-        "ix_lineage_names_left_out",
-        "lineage_id",
-        sqlite_where=text("left_out_at IS NOT NULL"),
-        postgresql_where=text("left_out_at IS NOT NULL"),
-    ),
+    _index(None, "lineage_id"),
+    _index("ix_lineage_names_left_out", "lineage_id", where="left_out_at IS NOT NULL"),
 )
 
 policy_lineages = _table(
@@ -337,14 +329,8 @@ policy_lineages = _table(
     # A copy of the lineage's, so that a policy's status is two index look-ups whatever its size.
     Column("lineage_status", Text, nullable=False),
     _one_of("lineage_status", "active", "error", "pending"),
-    Index(None, "lineage_id"),
-    Index(
-        "ix_policy_lineages_lacking",
-        "policy_id",
-        "lineage_status",
-        sqlite_where=text("lineage_status <> 'active'"),
-        postgresql_where=text("lineage_status <> 'active'"),
-    ),
+    _index(None, "lineage_id"),
+    _index("ix_policy_lineages_lacking", "policy_id", "lineage_status", where="lineage_status <> 'active'"),
 )
 
 issuances = _table(
@@ -402,54 +388,22 @@ issuances = _table(
         "cancelled",
     ),
     # Crash safety rests on this: no order without its key on disk.
-    CheckConstraint(
+    _check(
         "state IN ('queued', 'failed', 'cancelled') OR (key_pem IS NOT NULL AND csr_der IS NOT NULL)", name="key_first"
     ),
-    CheckConstraint("state NOT IN ('downloaded', 'done') OR chain_pem IS NOT NULL", name="chain_first"),
-    Index("uq_issuances_open", "lineage_id", unique=True, sqlite_where=text(OPEN), postgresql_where=text(OPEN)),
-    Index("ix_issuances_due", "attempt_at", sqlite_where=text(OPEN), postgresql_where=text(OPEN)),
-    Index(
-        "ix_issuances_urgent",
-        "attempt_at",
-        sqlite_where=text(f"urgent AND {OPEN}"),
-        postgresql_where=text(f"urgent AND {OPEN}"),
-    ),
-    Index(
-        "ix_issuances_ordering",
-        "names_hash",
-        sqlite_where=text(f"names_hash IS NOT NULL AND {OPEN}"),
-        postgresql_where=text(f"names_hash IS NOT NULL AND {OPEN}"),
-    ),
-    Index(
-        "ix_issuances_replaces",
-        "replaces",
-        sqlite_where=text("replaces IS NOT NULL"),
-        postgresql_where=text("replaces IS NOT NULL"),
-    ),
+    _check("state NOT IN ('downloaded', 'done') OR chain_pem IS NOT NULL", name="chain_first"),
+    _index("uq_issuances_open", "lineage_id", unique=True, where=OPEN),
+    _index("ix_issuances_due", "attempt_at", where=OPEN),
+    _index("ix_issuances_urgent", "attempt_at", where=f"urgent AND {OPEN}"),
+    _index("ix_issuances_ordering", "names_hash", where=f"names_hash IS NOT NULL AND {OPEN}"),
+    _index("ix_issuances_replaces", "replaces", where="replaces IS NOT NULL"),
     # Of the open ones: a CA may hand out a pending order again after its issuance was closed.
-    Index(
-        "uq_issuances_order_url",
-        "order_url",
-        unique=True,
-        sqlite_where=text(f"order_url IS NOT NULL AND {OPEN}"),
-        postgresql_where=text(f"order_url IS NOT NULL AND {OPEN}"),
-    ),
-    Index("uq_issuances_spki_sha256", "spki_sha256", unique=True),
-    Index("ix_issuances_history", "lineage_id", "created_at"),
+    _index("uq_issuances_order_url", "order_url", unique=True, where=f"order_url IS NOT NULL AND {OPEN}"),
+    _index("uq_issuances_spki_sha256", "spki_sha256", unique=True),
+    _index("ix_issuances_history", "lineage_id", "created_at"),
     # What the reaper finds: with a certificate by its end, without one by when it was closed.
-    Index(
-        "ix_issuances_ended",
-        "not_after",
-        sqlite_where=text("closed_at IS NOT NULL AND not_after IS NOT NULL"),
-        postgresql_where=text("closed_at IS NOT NULL AND not_after IS NOT NULL"),
-    ),
-    Index(
-        "ix_issuances_fruitless",
-        "closed_at",
-        sqlite_where=text("closed_at IS NOT NULL AND not_after IS NULL"),
-        postgresql_where=text("closed_at IS NOT NULL AND not_after IS NULL"),
-    ),
-    postgresql_with={"fillfactor": 60},  # a row is written five times in its life, and need not leave its page
+    _index("ix_issuances_ended", "not_after", where="closed_at IS NOT NULL AND not_after IS NOT NULL"),
+    _index("ix_issuances_fruitless", "closed_at", where="closed_at IS NOT NULL AND not_after IS NULL"),
 )
 
 challenges = _table(
@@ -462,8 +416,8 @@ challenges = _table(
     Column("token", Text, nullable=False),
     Column("key_authorization", Text, nullable=False),
     _created(),
-    UniqueConstraint("issuance_id", "authorization_url"),
-    Index(None, "token"),
+    _unique("issuance_id", "authorization_url"),
+    _index(None, "token"),
 )
 
 removed_certificates = _table(
@@ -471,8 +425,8 @@ removed_certificates = _table(
     Column("certificate_id", UuidText, primary_key=True),
     Column("revision", BigInteger, nullable=False),
     Column("removed_at", UtcTime, nullable=False),
-    Index(None, "revision"),
-    Index(None, "removed_at"),
+    _index(None, "revision"),
+    _index(None, "removed_at"),
 )
 
 thumbprints = _table(
@@ -481,13 +435,8 @@ thumbprints = _table(
     Column("thumbprint", Text),
     Column("revision", BigInteger, nullable=False),
     Column("updated_at", UtcTime, nullable=False),
-    Index(None, "revision"),
-    Index(
-        "ix_thumbprints_removed",
-        "updated_at",
-        sqlite_where=text("thumbprint IS NULL"),
-        postgresql_where=text("thumbprint IS NULL"),
-    ),
+    _index(None, "revision"),
+    _index("ix_thumbprints_removed", "updated_at", where="thumbprint IS NULL"),
 )
 
 counters = _table(
@@ -502,7 +451,7 @@ changes = _table(
     Column("topic", Text, nullable=False),
     Column("row_id", UuidText, nullable=False),
     _one_of("topic", "gateway", "policy", "certificate"),
-    Index(None, "topic", "id"),
+    _index(None, "topic", "id"),
 )
 
 workers = _table(
@@ -525,7 +474,7 @@ rate_buckets = _table(
     # GCRA's theoretical arrival time: from then on the bucket is as if never used.
     Column("full_at", UtcTime, nullable=False),
     Column("promised_at", UtcTime),
-    Index(None, "full_at"),
+    _index(None, "full_at"),
 )
 
 ca_breakers = _table(
@@ -563,13 +512,7 @@ nodes = _table(
     Column("canary", Boolean, nullable=False, server_default=text("false")),
     Column("enrolled_at", UtcTime, nullable=False, server_default=server_time()),
     Column("removed_at", UtcTime),
-    Index(
-        "uq_nodes_name",
-        "name",
-        unique=True,
-        sqlite_where=text("removed_at IS NULL"),
-        postgresql_where=text("removed_at IS NULL"),
-    ),
+    _index("uq_nodes_name", "name", unique=True, where="removed_at IS NULL"),
 )
 
 enrolments = _table(
@@ -581,6 +524,6 @@ enrolments = _table(
     Column("expires_at", UtcTime, nullable=False),
     # The node that was enrolled with it. NULL: it has not been used.
     Column("node_id", UuidText),
-    Index(None, "name"),
-    Index(None, "expires_at"),
+    _index(None, "name"),
+    _index(None, "expires_at"),
 )

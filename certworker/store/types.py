@@ -34,7 +34,6 @@ from sqlalchemy import (
     TypeDecorator,
     Uuid,
 )
-from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
@@ -121,8 +120,22 @@ def read_json(text: str | bytes) -> Any:
         return (text if isinstance(text, str) else text.decode(errors="replace"))[:_SHOWN]
 
 
-Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-"""Any JSON value; Python None is SQL NULL."""
+class Json(TypeDecorator[Any]):
+    """Any JSON value; Python None is SQL NULL."""
+
+    impl = JSON
+    cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(none_as_null=True)
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            from sqlalchemy.dialects.postgresql import JSONB  # slow to import, and loaded by then
+
+            return dialect.type_descriptor(JSONB(none_as_null=True))
+        return dialect.type_descriptor(JSON(none_as_null=True))
+
 
 BigKey = BigInteger().with_variant(Integer(), "sqlite")
 """A 64-bit key the database numbers itself; SQLite numbers only a column of exactly INTEGER."""
@@ -184,7 +197,7 @@ _FORMS: dict[str, dict[type, str]] = {
         UuidText: _UUID_FORM,
         UtcTime: _TIME_FORM,
         TextArray: "json_valid({0}) AND json_type({0}) = 'array'",
-        JSON: "json_valid({0})",
+        Json: "json_valid({0})",
         Boolean: "{0} IN (0, 1)",
     },
     "postgresql": {UtcTime: "{0} >= '0001-01-01 00:00:00+00' AND {0} < '10000-01-01 00:00:00+00'"},

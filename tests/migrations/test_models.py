@@ -24,7 +24,7 @@ from sqlalchemy import (
 
 from certworker.store import schema, tables
 from certworker.store.database import SCHEMA_REVISION, Database, open_database
-from certworker.store.tables import metadata
+from certworker.store.tables import complete
 from tests.conftest import PostgresServer
 
 from .catalog import read_catalog
@@ -50,7 +50,7 @@ def created(request: pytest.FixtureRequest, db: Database, tmp_path: Path) -> Ite
 
 def copy_of_the_models() -> MetaData:
     """Return the models made anew: `Table.to_metadata` forgets which database a check is for."""
-    models: MetaData = runpy.run_path(str(tables.__file__))["metadata"]
+    models: MetaData = runpy.run_path(str(tables.__file__))["complete"]()
     return models
 
 
@@ -61,7 +61,7 @@ def create(db: Database, models: MetaData) -> None:
 
 def test_models_equal_the_migrated_schema(db: Database, created: Database) -> None:
     """Columns, types, nullability, defaults, keys, actions, checks, indexes, predicates, methods."""
-    create(created, metadata)
+    create(created, complete())
 
     migrated, modelled = read_catalog(db), read_catalog(created)
     assert sorted(migrated - modelled) == []
