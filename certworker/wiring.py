@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from certworker.clock import DatabaseClock, system_clock
-from certworker.core.gateway import Defaults
+from certworker.core.gateway_rows import Defaults
 from certworker.errors import CertworkerError, SealError, SettingsError
 from certworker.settings import Settings
 from certworker.steps.reconcile import Wanted

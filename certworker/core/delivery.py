@@ -7,10 +7,12 @@ for more than that gets no more.
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from certworker.core.rollout import CertificateChanges, Cursor, NodeCertificate
-from certworker.core.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from certworker.core.snapshot import Snapshot
 
 T = TypeVar("T")
 
@@ -41,7 +43,7 @@ EVERYTHING = Scope(None)
 NOTHING = Scope(frozenset())
 
 
-def scope_of(snapshot: Snapshot) -> Scope:
+def scope_of(snapshot: "Snapshot") -> Scope:
     """Return which certificates a node needs that serves this version."""
     named = {listener.tls_policy_id for listener in snapshot.listeners if listener.protocol == "https"}
     policy_ids = frozenset(policy_id for policy_id in named if policy_id is not None)

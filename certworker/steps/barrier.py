@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from certworker.core.gateway import STATELESS
+from certworker.core.gateway_rows import STATELESS
 from certworker.store import enrolments, gateway, nodes, settings_kv, thumbprints, versions
 from certworker.store.database import Database, Transaction
 from certworker.store.nodes import NodeStatus

@@ -13,7 +13,6 @@ from sqlalchemy import Connection
 from certworker.core.certificate import normalise_pair
 from certworker.core.delivery import Canary, Scope, Standing, scope_of, why_held_back
 from certworker.core.rollout import CertificateChanges, Cursor, NodeCertificate
-from certworker.core.snapshot import read_snapshot
 from certworker.errors import InputError, SealError
 from certworker.store import (
     certificates,
@@ -98,6 +97,8 @@ class Scopes:
 
 
 def _read_scope(tx: Connection, version_id: str) -> Scope | None:
+    from certworker.core.snapshot import read_snapshot  # with pydantic: slow to import, and without nodes not needed
+
     found = versions.find_by_id(tx, version_id)
     try:
         return None if found is None else scope_of(read_snapshot(found.snapshot_json))

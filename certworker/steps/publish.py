@@ -16,7 +16,8 @@ from sqlalchemy import Connection
 
 from certworker.clock import Clock
 from certworker.core.diff import compare
-from certworker.core.gateway import Built, Defaults, Fault, GatewayRows, build, read_responders
+from certworker.core.gateway import Built, Fault, build, read_responders
+from certworker.core.gateway_rows import Defaults, GatewayRows
 from certworker.core.snapshot import Snapshot, read_snapshot
 from certworker.errors import InputError
 from certworker.store import audit, changes, gateway, settings_kv, versions

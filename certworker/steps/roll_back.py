@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from certworker.clock import Clock
 from certworker.core.certificate import normalise_pair, read_leaf
-from certworker.core.gateway import Defaults
+from certworker.core.gateway_rows import Defaults
 from certworker.core.renewal import plan_renewal
 from certworker.core.retry import ErrorClass, Failure, retry_at
 from certworker.errors import ChainRefused, InputError, SealError

@@ -8,7 +8,7 @@ the rows follow a page at a time.
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
-from certworker.core.gateway import STATELESS
+from certworker.core.gateway_rows import STATELESS
 from certworker.store import gateway, settings_kv, thumbprints, versions
 from certworker.store.database import Transaction
 

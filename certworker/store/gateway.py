@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, Text, bindparam, delete, insert, select, text, update
 
-from certworker.core.gateway import GatewayRows, ListenerRow, PolicyRow, PoolRow, RouteRow, TargetRow
+from certworker.core.gateway_rows import GatewayRows, ListenerRow, PolicyRow, PoolRow, RouteRow, TargetRow
 from certworker.store.rows import columns_of, to_value
 from certworker.store.tables import listeners, routes, tls_policies, upstream_pools, upstream_targets
 from certworker.store.types import TextArray, UuidText
