@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import click
-from rich.console import Console
 
 from certworker import parts, wiring
 from certworker.ca.problems import Endpoint, classify, clean_text
@@ -86,11 +85,10 @@ def register(ctx: click.Context, new_key: bool, as_json: bool) -> None:
 @click.pass_context
 def rollover(ctx: click.Context, timeout: float, as_json: bool) -> None:
     """Give the account a new key. Beside a running service no issuance fails; repeat it if it was interrupted."""
-    console = Console(stderr=True, highlight=False, markup=False)
 
     def told(proving: int) -> None:
-        if console.is_terminal:
-            console.print(f"  waiting: the CA is validating {count(proving, 'certificate')} with the old key")
+        if sys.stderr.isatty():
+            click.echo(f"  waiting: the CA is validating {count(proving, 'certificate')} with the old key", err=True)
 
     with _opened(ctx, Endpoint.KEY_CHANGE) as (_, used):
         wait = threading.Event().wait

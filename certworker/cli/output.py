@@ -6,8 +6,6 @@ from datetime import datetime
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 _PIPE_WIDTH = 10_000
 
@@ -26,6 +24,10 @@ def to_json(document: object) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table for people; long cells are folded, never cut."""
+    # Slow to import, and many a command prints no table.
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in table.columns:
         column.overflow = "fold"

@@ -1,10 +1,10 @@
 """`renew`: one shot."""
 
 import logging
+import sys
 from datetime import timedelta
 
 import click
-from rich.console import Console
 
 from certworker import wiring
 from certworker.cli.logs import start_logging
@@ -50,23 +50,22 @@ class _Progress(Watcher):
     """Says on stderr how the work goes; silent when nobody watches."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, markup=False)
-        self._shown = self._console.is_terminal
+        self._shown = sys.stderr.isatty()
 
     def moved(self, session: Session) -> None:
         row = session.issuance
-        if not self._shown:
-            return
         said = f": {row.error['detail']} (again at {row.error['retry_at']})" if row.error else ""
-        self._console.print(f"  {session.lineage.dns_names[0]}  {row.state}{said}")
+        self._say(f"  {session.lineage.dns_names[0]}  {row.state}{said}")
 
     def reached(self, ticket: Ticket, state: str) -> None:
-        if self._shown:
-            self._console.print(f"  {ticket.name}  {state}")
+        self._say(f"  {ticket.name}  {state}")
 
     def ended(self, outcome: Outcome) -> None:
+        self._say(f"{outcome.ticket.name}  {outcome.result}")
+
+    def _say(self, line: str) -> None:
         if self._shown:
-            self._console.print(f"{outcome.ticket.name}  {outcome.result}")
+            click.echo(line, err=True)
 
 
 def _print(done: Renewal) -> None:
