@@ -13,7 +13,6 @@ from functools import lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -33,10 +32,11 @@ CLOCK_TOLERANCE = timedelta(minutes=5)
 _LONGEST_RENEWAL_ID = 255
 """Characters; it becomes part of a URL and of an index, and a CA's own are half as long."""
 
-_LINKS = 32
-"""Signatures that are remembered: a chain is checked when it comes and when it is put to use, and ends like many."""
+_REMEMBERED = 32
+"""Certificates, and signatures: a chain is checked when it comes and when it is put to use, and ends like many."""
 
-_BLOCK = re.compile(r"-----BEGIN ([^-\n]+)-----.*?-----END \1-----", re.DOTALL)
+_KIND = re.compile(r"-----BEGIN ([^-\n]*)-----")
+_BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,28 +164,37 @@ def check_order(chain_pem: str) -> None:
 def _read_blocks(chain_pem: str) -> list[x509.Certificate]:
     if len(chain_pem) > MAX_CHAIN_BYTES:
         raise ChainRefused(f"the chain has {len(chain_pem)} characters, at most {MAX_CHAIN_BYTES} are read")
-    kinds = re.findall(r"-----BEGIN ([^-\n]*)-----", chain_pem)
+    kinds = _KIND.findall(chain_pem)
     if any(kind != "CERTIFICATE" for kind in kinds):
         raise ChainRefused("the chain holds something else than certificates, so none of it is used")
     if len(kinds) > MAX_CHAIN_LENGTH:
         raise ChainRefused(f"the chain holds {len(kinds)} certificates, at most {MAX_CHAIN_LENGTH} are read")
     if not kinds:
         raise ChainUnreadable("the chain holds no certificates")
-    if _BLOCK.sub("", chain_pem).strip():
+    *blocks, behind = chain_pem.split(_END)
+    parts = [block.partition(_BEGIN) for block in blocks]
+    if behind.strip() or any(before.strip() or not begin for before, begin, _ in parts):
         raise ChainUnreadable("the chain holds text outside its certificates")
     try:
-        return x509.load_pem_x509_certificates(chain_pem.encode())
+        return [_read_block(base64) for _, _, base64 in parts]
     except (ValueError, x509.InvalidVersion):
         raise ChainUnreadable("a certificate of the chain cannot be read") from None
+
+
+@lru_cache(_REMEMBERED)
+def _read_block(base64: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(f"{_BEGIN}{base64}{_END}".encode())
 
 
 def _describe(certificate: x509.Certificate) -> Leaf:
     if certificate.serial_number <= 0:
         raise ChainRefused("the certificate's serial number is not positive (RFC 5280 §4.1.2.2)")
+    spki_sha256 = _find_key(certificate)
+    if spki_sha256 is None:
+        raise ChainRefused("the certificate cannot be read")
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names = extension.value.get_values_for_type(x509.DNSName)
-        public_key = certificate.public_key()
         common = certificate.issuer.get_attributes_for_oid(NameOID.COMMON_NAME)
         return Leaf(
             dns_names=tuple(sorted({name.lower() for name in names})),
@@ -194,12 +203,12 @@ def _describe(certificate: x509.Certificate) -> Leaf:
             fingerprint=hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest(),
             serial=f"{certificate.serial_number:x}",
             issuer=str(common[0].value) if common else certificate.issuer.rfc4514_string(),
-            spki_sha256=_spki_sha256(public_key),
+            spki_sha256=spki_sha256,
             renewal_id=_renewal_id(certificate),
         )
     except x509.ExtensionNotFound:
         raise ChainRefused("the certificate names no DNS names (no subjectAltName)") from None
-    except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm):
+    except (ValueError, x509.DuplicateExtension):
         raise ChainRefused("the certificate cannot be read") from None
 
 
@@ -223,9 +232,9 @@ def _base64url(data: bytes) -> str:
 
 def _put_in_order(leaf: x509.Certificate, certificates: list[x509.Certificate]) -> list[x509.Certificate]:
     """Return the leaf, its issuer, the issuer of that one and so on; all of them, or ChainRefused."""
-    others = {one.fingerprint(SHA256()): one for one in certificates if one != leaf}
+    others = dict.fromkeys(one for one in certificates if one != leaf)
     # Of a root that is there twice, the one that signed itself: the other, which somebody else signed, may follow.
-    chain, rest = [leaf], sorted(others.values(), key=lambda one: one.issuer != one.subject)
+    chain, rest = [leaf], sorted(others, key=lambda one: one.issuer != one.subject)
     while issuer := next((one for one in rest if _has_issued(one, chain[-1])), None):
         chain.append(issuer)
         rest.remove(issuer)
@@ -235,7 +244,7 @@ def _put_in_order(leaf: x509.Certificate, certificates: list[x509.Certificate]) 
     return chain
 
 
-@lru_cache(_LINKS)
+@lru_cache(_REMEMBERED)
 def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
@@ -259,6 +268,7 @@ def _to_pem(certificates: Iterable[x509.Certificate]) -> str:
     return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
 
 
+@lru_cache(_REMEMBERED)
 def _find_key(certificate: x509.Certificate) -> str | None:
     try:
         return _spki_sha256(certificate.public_key())
