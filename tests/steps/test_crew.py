@@ -198,7 +198,7 @@ def test_a_stop_gives_every_lease_back(world: World) -> None:
     world.add_policy("a.test", "b.test")
     world.take_over()
     with working(world):
-        until(lambda: states(world) == ["finalizing"] * 2)
+        until(lambda: world.ca.count("POST", "/finalize/*") == 2)
 
     assert world.rows("SELECT count(*) FROM issuances WHERE lease_owner IS NOT NULL") == [(0,)]
     end_processing(world)
