@@ -37,13 +37,13 @@ from certworker.errors import (
     SealError,
 )
 from certworker.steps import prove, trouble
-from certworker.steps.session import Bench, Session, Turn, account_of, cancel, give_back, record
+from certworker.steps.session import Bench, Session, Turn, account_of, cancel, cancel_unlinked, give_back, record
 from certworker.store import budget, certificates, challenges, issuances, lineages, renewal_info
 from certworker.store.budget import Refusal
 from certworker.store.certificates import Activation
-from certworker.store.issuances import Issuance
+from certworker.store.issuances import Change, Issuance
 from certworker.store.journal import Kind
-from certworker.store.lineages import Lineage, NewCertificate
+from certworker.store.lineages import NewCertificate
 from certworker.store.rows import new_id
 
 _log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class _Not(Enum):
     """Another issuance orders the same names."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Intent:
     """An order that is to be intended."""
 
@@ -158,6 +158,8 @@ class _Intent:
     """Whether the CA offers renewal information, so that it knows the word `replaces`."""
     now: datetime
     key: dict[str, Any]
+    tried: bool = False
+    """It was written before, in a transaction whose COMMIT may not have been answered."""
 
     @property
     def lineage_id(self) -> str:
@@ -166,31 +168,24 @@ class _Intent:
 
 def _intend(tx: Connection, intents: Sequence[_Intent]) -> list[Issuance | Refusal | _Not]:
     """Debit the rate ledger and fix everything that the orders say, in one transaction."""
-    if alone := len(intents) == 1:  # of several none is written again: their claims have moved on, and each is alone
-        recorded = issuances.find_recorded(tx, intents[0].session.issuance, State.ORDER_INTENT)
-        if recorded is not None:
-            return [recorded]
-    wanted = lineages.wanted_among(tx, [intent.lineage_id for intent in intents])
+    if (recorded := _find_recorded(tx, intents, State.ORDER_INTENT)) is not None:
+        return [recorded]
     accounts = {intent.account_id for intent in intents}
     used = {account_id for account_id in accounts if intents[0].bench.accounts.is_default(tx, account_id)}
     answers: dict[str, Issuance | Refusal | _Not] = {}
     for account_id in sorted(used):
-        ordering = [one for one in intents if one.account_id == account_id and one.lineage_id in wanted]
-        answers |= _debit(tx, ordering, account_id, alone=alone)
-    for intent in intents:
-        if intent.lineage_id not in wanted:
-            answers[intent.lineage_id] = cancel(tx, intent.session, intent.now)
+        ordering = [one for one in intents if one.account_id == account_id]
+        answers |= _debit(tx, ordering, account_id, alone=len(intents) == 1)
     return [answers.get(intent.lineage_id, _Not.OTHER_ACCOUNT) for intent in intents]
 
 
 def _debit(
     tx: Connection, intents: Sequence[_Intent], account_id: str, *, alone: bool
 ) -> dict[str, Issuance | Refusal | _Not]:  # fmt: skip
-    """Do so for those whose order is wanted, with the account that orders are made with; by lineage."""
-    if not intents:
-        return {}
+    """Do so with the account that orders are made with; return what became of each, by lineage."""
     bench, now = intents[0].bench, max(intent.now for intent in intents)
-    present = certificates.of_lineages(tx, [intent.lineage_id for intent in intents])
+    replaced = [intent.lineage_id for intent in intents if intent.session.lineage.certificate_id is not None]
+    present = certificates.of_lineages(tx, replaced)
     replaces = {intent.lineage_id: _find_replaceable(tx, intent, account_id) for intent in intents}
     charges = {
         intent.lineage_id: trouble.charges_of(
@@ -201,26 +196,36 @@ def _debit(
     }  # fmt: skip
     asked = [charge for of_one in charges.values() for charge in of_one]
     ledger = budget.Ledger(tx, bench.accounts.directory_url, asked, account_id, now)
-    # Every order of these names waits for the same bucket's row: what is committed is all there is.
-    ours = [intent.session.issuance.id for intent in intents]
-    ordering = issuances.being_ordered(tx, {intent.key["names_hash"] for intent in intents}, account_id, ours, now)
-    answers: dict[str, Issuance | Refusal | _Not] = {}
-    changes: dict[str, issuances.Change] = {}
+    refused: dict[str, Refusal] = {}
+    changes: dict[str, Change] = {}
     for intent in intents:
-        row, lineage_id, hashed = intent.session.issuance, intent.lineage_id, intent.key["names_hash"]
-        if hashed in ordering:
-            answers[lineage_id] = _Not.SAME_NAMES
-        elif (refusal := ledger.spend(charges[lineage_id])) is not None:
-            answers[lineage_id] = refusal
+        lineage_id = intent.lineage_id
+        if (refusal := ledger.spend(charges[lineage_id])) is not None:
+            refused[lineage_id] = refusal
         else:
-            ordering.add(hashed)
             changes[lineage_id] = issuances.change(
-                row, intent.now, state=State.ORDER_INTENT, account_id=account_id, replaces=replaces[lineage_id],
-                urgent=intent.session.is_urgent(now), failures=0, error=None, **intent.key,
+                intent.session.issuance, intent.now, state=State.ORDER_INTENT, account_id=account_id,
+                replaces=replaces[lineage_id], urgent=intent.session.is_urgent(now), failures=0, error=None,
+                **intent.key,
             )  # fmt: skip
+    # Every order of these names waits for the same bucket's row: what is committed of the others is all there is.
+    recorded = issuances.record_intents(tx, list(changes.values()), alone=alone)
+    if recorded is None:
+        return {intents[0].lineage_id: _why_not(tx, intents[0], changes[intents[0].lineage_id])}
     ledger.write()
-    recorded = issuances.record_all(tx, list(changes.values()), alone=alone)
-    return answers | dict(zip(changes, recorded, strict=True))
+    wanted = lineages.wanted_among(tx, refused)
+    unwanted = [one for one in intents if one.lineage_id in refused and one.lineage_id not in wanted]
+    cancelled = {one.lineage_id: cancel(tx, one.session, one.now) for one in unwanted}
+    return {**refused, **cancelled, **dict(zip(changes, recorded, strict=True))}
+
+
+def _why_not(tx: Connection, intent: _Intent, intended: Change) -> Issuance | _Not:
+    """Say why an order was not written; one that nobody wants any more is closed before it costs anything."""
+    if not lineages.is_wanted(tx, intent.lineage_id):
+        return cancel(tx, intent.session, intent.now)
+    if issuances.is_ordered(tx, intended):
+        return _Not.SAME_NAMES
+    raise issuances.lease_lost(intent.session.issuance)
 
 
 _INTEND = Kind(Turn.INTEND, _intend)
@@ -262,14 +267,12 @@ def _intend_finalize(bench: Bench, session: Session) -> None:
 
 def _intend_finalizing(tx: Connection, asked: Sequence[tuple[Session, datetime]]) -> list[Issuance]:
     """Fix that these are to be finalized, if still wanted: they would be thrown away, and count all the same."""
-    linked = lineages.linked_among(tx, [session.lineage.id for session, _ in asked])
-    intended = [
+    changes = [
         issuances.change(session.issuance, now, state=State.FINALIZING, failures=0, error=None)
         for session, now in asked
-        if session.lineage.id in linked
     ]
-    done = {issuance.id: issuance for issuance in issuances.record_all(tx, intended)}
-    return [done.get(session.issuance.id) or cancel(tx, session, now) for session, now in asked]
+    intended = issuances.record_linked(tx, changes)
+    return intended or [cancel_unlinked(tx, *asked[0])]
 
 
 _FINALIZE = Kind(Turn.FINALIZE, _intend_finalizing)
@@ -341,7 +344,7 @@ def _switch(bench: Bench, session: Session, chain: Chain, downloaded: Mapping[st
         _log.warning("certificate.odd_life", extra={"names": session.dns_names, **life})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Activation:
     """A new certificate that is to serve."""
 
@@ -351,51 +354,60 @@ class _Activation:
     key_pem: str = field(repr=False)
     downloaded: Mapping[str, Any]
     now: datetime
+    tried: bool = False
+    """As above."""
 
 
 def _activate_all(tx: Connection, activations: Sequence[_Activation]) -> list[Issuance]:
     """Let the new certificates serve: certificates, lineages, policies, issuances and audit in one transaction."""
-    if alone := len(activations) == 1:
-        recorded = issuances.find_recorded(tx, activations[0].session.issuance, State.DONE)
-        if recorded is not None:
-            return [recorded]
-    ids = [one.session.lineage.id for one in activations]
-    locked = lineages.find_and_lock(tx, ids)
-    linked = lineages.linked_among(tx, ids)
-    serving = [one for one in activations if one.session.lineage.id in linked]
+    if (recorded := _find_recorded(tx, activations, State.DONE)) is not None:
+        return [recorded]
+    lineages.lock_all(tx, [one.session.lineage.id for one in activations])
     closings = [
-        issuances.closing(one.session.issuance, State.DONE, one.now, error=None, **one.downloaded) for one in serving
+        issuances.closing(one.session.issuance, State.DONE, one.now, error=None, **one.downloaded)
+        for one in activations
     ]
-    closed = issuances.record_all(tx, closings, alone=alone)
+    closed = issuances.record_linked(tx, closings)
+    if closed is None:
+        (one,) = activations
+        return [cancel_unlinked(tx, one.session, one.now, **one.downloaded)]
     challenges.withdraw(tx, [issuance.id for issuance in closed])
-    if serving:
-        _let_serve(tx, serving, locked)
-    done = {issuance.id: issuance for issuance in closed}
-    return [
-        done.get(one.session.issuance.id) or cancel(tx, one.session, one.now, **one.downloaded) for one in activations
-    ]
+    _let_serve(tx, activations)
+    return closed
 
 
 _ACTIVATE = Kind(Turn.ACTIVATE, _activate_all)
 
 
-def _let_serve(tx: Connection, activations: Sequence[_Activation], locked: Mapping[str, Lineage]) -> None:
+def _let_serve(tx: Connection, activations: Sequence[_Activation]) -> None:
     now = max(one.now for one in activations)
     present = certificates.of_lineages(tx, [one.session.lineage.id for one in activations])
     news, serving = [], []
     for one in activations:
-        lineage, leaf = locked[one.session.lineage.id], one.chain.leaf
+        lineage, leaf = one.session.lineage, one.chain.leaf
         before = present.get(lineage.id)
         certificate_id = before.id if before is not None else new_id()
         # Counted from now, or a certificate that arrives half used would be renewed at once, again and again.
         usable = leaf.validity.usable_from(one.now)
         renew_at = plan_renewal(usable, lineage.id)
-        news.append(NewCertificate(lineage.id, certificate_id, one.session.issuance.id, leaf, usable, renew_at))
+        news.append(NewCertificate(lineage, certificate_id, one.session.issuance.id, leaf, usable, renew_at))
         sealed = one.bench.sealer.seal(one.key_pem, table="certificates", column="key_pem", row_id=certificate_id)
         domain = lineages.first_name(tx, lineage)
         serving.append(Activation(certificate_id, before, lineage.id, domain, one.chain.pem, sealed, leaf))
-    lineages.record_certificates(tx, news, now)
-    certificates.activate_all(tx, serving, now)
+    flips = lineages.record_certificates(tx, news, now)
+    certificates.activate_all(tx, serving, flips, now)
+
+
+def _find_recorded(
+    tx: Connection, asked: Sequence[_Intent] | Sequence[_Activation], state: State
+) -> Issuance | None:  # fmt: skip
+    """Return what is committed of one that is tried again; of several none is: their claims have moved on then."""
+    again = [one for one in asked if one.tried]
+    for one in asked:
+        one.tried = True
+    if not again or len(asked) > 1:
+        return None
+    return issuances.find_recorded(tx, asked[0].session.issuance, state)
 
 
 _ACTS: dict[Action, Callable[[Bench, Session], None]] = {

@@ -134,8 +134,8 @@ def _take_back(tx: Connection, refusal: _Refusal, sealer: Sealer, now: datetime,
         return None
     usable = leaf.validity.usable_from(before.closed_at)
     renew_at = plan_renewal(usable, lineage.id)
-    new = NewCertificate(lineage.id, certificate_id, before.id, leaf, usable, renew_at)
-    lineages.record_certificates(tx, [new], now)
+    new = NewCertificate(lineage, certificate_id, before.id, leaf, usable, renew_at)
+    flips = lineages.record_certificates(tx, [new], now)
     failure = Failure(ErrorClass.PERMANENT, "certworker:not-servable", f"no node serves the new one: {why}", _HINT)
     next_at = retry_at(failure, 1, now, draw, usable)
     error = dict(describe(failure, now, next_at))
@@ -146,5 +146,5 @@ def _take_back(tx: Connection, refusal: _Refusal, sealer: Sealer, now: datetime,
     audit.record(tx, "certificate.taken_back", diff, now)
     present = certificates.of_lineages(tx, [lineage.id]).get(lineage.id)
     serving = Activation(certificate_id, present, lineage.id, domain, chain_pem, sealed, leaf)
-    certificates.activate_all(tx, [serving], now)
+    certificates.activate_all(tx, [serving], flips, now)
     return TakenBack(domain, leaf.serial, why)

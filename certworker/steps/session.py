@@ -146,6 +146,13 @@ def cancel(tx: Connection, session: Session, now: datetime, **values: object) ->
     return issuances.close(tx, session.issuance, State.CANCELLED, now, **values)
 
 
+def cancel_unlinked(tx: Connection, session: Session, now: datetime, **values: object) -> Issuance:
+    """The same for one that was not written because no policy names it; LeaseLost if that was not why."""
+    if lineages.is_linked(tx, session.lineage.id):
+        raise issuances.lease_lost(session.issuance)
+    return cancel(tx, session, now, **values)
+
+
 def read_again(bench: Bench, session: Session) -> None:
     """Take up what is committed, whatever became of the last write; LeaseLost if it is not ours any more."""
     session.issuance = bench.db.read(lambda tx: issuances.read_again(tx, session.issuance))

@@ -1,6 +1,7 @@
 """The audit log: who did what, in the same transaction as the change itself."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -18,23 +19,26 @@ def record(tx: Connection, action: str, diff: dict[str, Any], now: datetime, *, 
     tx.execute(insert(audit_logs).values(id=new_id(), actor=actor, action=action, diff=diff, created_at=now))
 
 
-def record_flip(
-    tx: Connection, kind: str, table: str, row_id: str, before: dict[str, Any], after: dict[str, Any], now: datetime
-) -> None:
-    """Write the row of a changed status: action `<kind>.<status>`."""
-    record_flips(tx, kind, table, [(row_id, before, after)], now)
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A row of another table whose status has changed."""
+
+    kind: str
+    table: str
+    row_id: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    """With the new `status`."""
 
 
-def record_flips(
-    tx: Connection, kind: str, table: str, flips: Sequence[tuple[str, dict[str, Any], dict[str, Any]]], now: datetime
-) -> None:
-    """Write the rows of many, each given as (row id, before, after)."""
+def record_flips(tx: Connection, flips: Sequence[Flip], now: datetime) -> None:
+    """Write a row for each: action `<kind>.<status>`."""
     rows = [
         {
-            "id": new_id(), "actor": WORKER, "action": f"{kind}.{after['status']}", "created_at": now,
-            "diff": {"table": table, "id": row_id, "before": before, "after": after},
+            "id": new_id(), "actor": WORKER, "action": f"{one.kind}.{one.after['status']}", "created_at": now,
+            "diff": {"table": one.table, "id": one.row_id, "before": one.before, "after": one.after},
         }
-        for row_id, before, after in flips
+        for one in flips
     ]  # fmt: skip
     if rows:
         tx.execute(_ADD, rows)

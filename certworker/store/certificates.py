@@ -9,6 +9,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from certworker.core.certificate import Leaf
 from certworker.store import audit, counters
+from certworker.store.audit import Flip
 from certworker.store.rows import among, columns_of, pages, to_value
 from certworker.store.tables import certificates, removed_certificates
 
@@ -67,6 +68,8 @@ class Present:
 
 def of_lineages(tx: Connection, lineage_ids: Sequence[str]) -> dict[str, Present]:
     """Return what these lineages have, by lineage."""
+    if not lineage_ids:
+        return {}
     return {lineage_id: Present(*row) for lineage_id, *row in tx.execute(_OF_LINEAGES, {"lineages": lineage_ids})}
 
 
@@ -89,9 +92,12 @@ class Activation:
     leaf: Leaf
 
 
-def activate_all(tx: Connection, activations: Sequence[Activation], now: datetime) -> None:
-    """Let lineages serve these leaves from the commit on, with their audit rows. The revisions come last."""
-    audit.record_flips(tx, "certificate", "certificates", [_flip(one) for one in activations], now)
+def activate_all(tx: Connection, activations: Sequence[Activation], flips: Sequence[Flip], now: datetime) -> None:
+    """Let lineages serve these leaves from the commit on, with their audit rows and those of `flips`.
+
+    The revisions come last.
+    """
+    audit.record_flips(tx, [*flips, *map(_flip, activations)], now)
     first = counters.next_value(tx, counters.REVISION, len(activations)) - len(activations) + 1
     numbered = list(enumerate(activations, first))
     if fresh := [(revision, one) for revision, one in numbered if one.before is None]:
@@ -107,11 +113,10 @@ def activate_all(tx: Connection, activations: Sequence[Activation], now: datetim
 _RENEW = update(certificates).where(certificates.c.id == bindparam("of_id"))
 
 
-def _flip(one: Activation) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _flip(one: Activation) -> Flip:
     was = {} if one.before is None else {"status": one.before.status, "serial": one.before.serial}
-    return one.certificate_id, was, {
-        "status": "active", "serial": one.leaf.serial, "fingerprint": one.leaf.fingerprint
-    }  # fmt: skip
+    now = {"status": "active", "serial": one.leaf.serial, "fingerprint": one.leaf.fingerprint}
+    return Flip("certificate", "certificates", one.certificate_id, was, now)
 
 
 def _serving(one: Activation, revision: int, now: datetime) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def set_status(tx: Connection, certificate_id: str, status: str, now: datetime) 
 def record_flip(tx: Connection, before: StoredCertificate, status: str, reason: str, now: datetime) -> None:
     """Write the audit row of a changed status."""
     after = {"status": status, "reason": reason}
-    audit.record_flip(tx, "certificate", "certificates", before.id, {"status": before.status}, after, now)
+    audit.record_flips(tx, [Flip("certificate", "certificates", before.id, {"status": before.status}, after)], now)
 
 
 def touch(tx: Connection, lineage_ids: list[str]) -> None:

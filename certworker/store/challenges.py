@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 
-from sqlalchemy import Connection, bindparam, delete, exists, insert, select
+from sqlalchemy import Connection, bindparam, delete, exists, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from certworker.store.rows import among, new_id
 from certworker.store.tables import challenges, issuances
@@ -23,17 +25,16 @@ class Answer:
 
 def publish_all(tx: Connection, answers: Sequence[Answer], now: datetime) -> None:
     """Make these tokens answerable; saying it again replaces them."""
-    if not answers:
-        return
-    keys = [{"of_issuance": answer.issuance_id, "of_authorization": answer.authorization_url} for answer in answers]
-    tx.execute(_DELETE_ONE, keys)
-    tx.execute(insert(challenges), [{"id": new_id(), **asdict(answer), "created_at": now} for answer in answers])
+    if answers:
+        rows = [{"id": new_id(), **asdict(answer), "created_at": now} for answer in answers]
+        tx.execute(_publish(tx.dialect.name), rows)
 
 
-_DELETE_ONE = delete(challenges).where(
-    challenges.c.issuance_id == bindparam("of_issuance"),
-    challenges.c.authorization_url == bindparam("of_authorization"),
-)
+@cache
+def _publish(dialect: str) -> postgresql.Insert | sqlite.Insert:
+    insert = sqlite.insert(challenges) if dialect == "sqlite" else postgresql.insert(challenges)
+    key, replaced = ("issuance_id", "authorization_url"), ("dns_name", "token", "key_authorization", "created_at")
+    return insert.on_conflict_do_update(index_elements=key, set_={name: insert.excluded[name] for name in replaced})
 
 
 def find_key_authorization(tx: Connection, token: str) -> str | None:

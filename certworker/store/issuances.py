@@ -8,7 +8,7 @@ has moved on raises LeaseLost. What is *due* is the injected clock's.
 it wrote before; a function that writes more than the issuance asks `find_recorded` first.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cache
@@ -18,6 +18,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
+    Update,
     bindparam,
     case,
     delete,
@@ -32,6 +33,7 @@ from sqlalchemy import (
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
+from certworker.store.lineages import policy_names, policy_wants
 from certworker.store.rows import among, columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import OPEN, issuances, lineages, policy_lineages
 from certworker.store.types import db_now, seconds_from_now
@@ -348,37 +350,69 @@ def record_all(tx: Connection, changes: Sequence[Change], *, alone: bool | None 
     Of several nothing may be kept then. Only one that is `alone` in its transaction (by default: if it is one) may
     have been written before by this very claim, whose COMMIT was not answered; see `find_recorded`.
     """
+    written = _record_if(tx, _FENCED, changes, alone=alone)
+    if written is None:
+        raise lease_lost(changes[0].claimed)
+    return written
+
+
+def record_linked(tx: Connection, changes: Sequence[Change]) -> list[Issuance] | None:
+    """The same if policies name the lineages still, paused or not; None for one alone that was not written."""
+    return _record_if(tx, _FENCED_LINKED, changes)
+
+
+def record_intents(tx: Connection, changes: Sequence[Change], *, alone: bool) -> list[Issuance] | None:
+    """The same of orders that are wanted, and that no other issuance makes (`is_ordered`); None as before."""
+    return _record_if(tx, _FENCED_INTENT, changes, _same_order, alone=alone)
+
+
+def lease_lost(claimed: Issuance) -> LeaseLost:
+    """Return the error of a write whose issuance has moved on."""
+    return LeaseLost(f"issuance {claimed.id} belongs to another worker now, so nothing more is sent for it")
+
+
+_Asked = Callable[[Change], Mapping[str, Any]]
+
+
+def _nothing_else(_: Change) -> Mapping[str, Any]:
+    return {}
+
+
+def _record_if(
+    tx: Connection, statement: Update, changes: Sequence[Change], asked: _Asked = _nothing_else,
+    *, alone: bool | None = None,
+) -> list[Issuance] | None:  # fmt: skip
+    """Write changes by a fenced statement, each with what else it asks; None if one alone was not written."""
     alike: dict[tuple[str, ...], list[Change]] = {}
     for one in sorted(changes, key=lambda one: one.claimed.id):  # all that lock several do it in this order
         alike.setdefault(tuple(one.values), []).append(one)
-    if all(_write_fenced(tx, group) for group in alike.values()):
+    if all(_write_fenced(tx, statement, group, asked) for group in alike.values()):
         return [_changed(one) for one in changes]
     first = changes[0]
-    may_be_again = len(changes) == 1 if alone is None else alone
-    recorded = find_recorded(tx, first.claimed, first.values.get("state", "")) if may_be_again else None
-    if recorded is None:
-        raise LeaseLost(f"issuance {first.claimed.id} belongs to another worker now, so nothing more is sent for it")
-    return [recorded]
+    if len(changes) > 1 or alone is False:
+        raise lease_lost(first.claimed)
+    recorded = find_recorded(tx, first.claimed, first.values.get("state", ""))
+    return None if recorded is None else [recorded]
 
 
-_FENCED = update(issuances).where(
-    issuances.c.id == bindparam("claimed_id"),
-    issuances.c.lease_owner == bindparam("claimed_owner"),
-    issuances.c.lease_token == bindparam("claimed_token"),
-    issuances.c.state == bindparam("claimed_state"),
-)
-
-
-def _write_fenced(tx: Connection, changes: Sequence[Change]) -> bool:
+def _write_fenced(tx: Connection, statement: Update, changes: Sequence[Change], asked: _Asked) -> bool:
     """Write changes of the same columns; say whether every one was still claimed as it is said to be."""
     rows = [
         {
-            **one.values, "claimed_id": one.claimed.id, "claimed_owner": one.claimed.lease_owner,
+            **one.values, **asked(one), "claimed_id": one.claimed.id, "claimed_owner": one.claimed.lease_owner,
             "claimed_token": one.claimed.lease_token, "claimed_state": one.claimed.state,
         }
         for one in changes
     ]  # fmt: skip
-    return tx.execute(_FENCED, rows).rowcount == len(rows)
+    return tx.execute(statement, rows).rowcount == len(rows)
+
+
+def _same_order(one: Change) -> Mapping[str, Any]:
+    """Return what another order would be the same by: the names, and the account."""
+    return {
+        "asking": one.claimed.id, "hash": one.values["names_hash"], "account": one.values["account_id"],
+        "soon": one.now + _SET_ASIDE,
+    }  # fmt: skip
 
 
 def _changed(one: Change) -> Issuance:
@@ -406,29 +440,37 @@ def read_again(tx: Connection, claimed: Issuance) -> Issuance:
     # After a claim that was rolled back another worker's has the same token.
     ours = found is not None and found.lease_owner in (None, claimed.lease_owner)
     if found is None or not ours or found.lease_token != claimed.lease_token:
-        raise LeaseLost(f"issuance {claimed.id} belongs to another worker now, so nothing more is sent for it")
+        raise lease_lost(claimed)
     return found
 
 
-def being_ordered(
-    tx: Connection, hashes: Collection[str], account_id: str, besides: Collection[str], now: datetime
-) -> set[str]:  # fmt: skip
-    """Return which of these sets of names other open issuances order with this account, if not set aside for long.
+def is_ordered(tx: Connection, intended: Change) -> bool:
+    """Say whether another open issuance orders the same names with the same account, if not set aside for long.
 
     A CA may answer two of them with one order (Boulder does), which only one of them can finalize.
     """
-    asked = {"hashes": sorted(hashes), "account": account_id, "ours": sorted(besides), "soon": now + _SET_ASIDE}
-    return set(tx.execute(_ORDERING, asked).scalars())
+    return bool(tx.execute(select(_ORDERED), _same_order(intended)).scalar())
 
 
-_ORDERING = select(issuances.c.names_hash).where(
-    text(f"issuances.names_hash IS NOT NULL AND issuances.{OPEN}"),
-    among(issuances.c.names_hash, "hashes"),
-    issuances.c.state != State.QUEUED,
-    not_(among(issuances.c.id, "ours")),
-    issuances.c.account_id == bindparam("account"),
-    issuances.c.attempt_at <= bindparam("soon"),
+_other = issuances.alias("other")
+_ORDERED = exists(
+    select(1).where(
+        text(f"other.names_hash IS NOT NULL AND other.{OPEN}"),  # as in the partial index
+        _other.c.names_hash == bindparam("hash"),
+        _other.c.state != State.QUEUED,
+        _other.c.id != bindparam("asking"),
+        _other.c.account_id == bindparam("account"),
+        _other.c.attempt_at <= bindparam("soon"),
+    )
 )
+_FENCED = update(issuances).where(
+    issuances.c.id == bindparam("claimed_id"),
+    issuances.c.lease_owner == bindparam("claimed_owner"),
+    issuances.c.lease_token == bindparam("claimed_token"),
+    issuances.c.state == bindparam("claimed_state"),
+)
+_FENCED_LINKED = _FENCED.where(policy_names(issuances.c.lineage_id))
+_FENCED_INTENT = _FENCED.where(policy_wants(issuances.c.lineage_id), not_(_ORDERED))
 
 
 def release(tx: Connection, claimed: Issuance, attempt_at: datetime, now: datetime, **values: Any) -> Issuance:

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, exists, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, exists, func, insert, literal, select, update
 
 from certworker.core.certificate import Leaf, Validity
 from certworker.core.names import names_hash
-from certworker.store import policies
+from certworker.store import audit, policies
+from certworker.store.audit import Flip
 from certworker.store.rows import among, columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import certificates, issuances, lineage_names, lineages, policy_lineages, tls_policies
-from certworker.store.types import UtcTime
+from certworker.store.types import UtcTime, UuidText
 
 _WANTING = (
     tls_policies.c.id == policy_lineages.c.policy_id,
@@ -20,6 +21,17 @@ _WANTING = (
     tls_policies.c.paused_at.is_(None),
 )
 """What makes a linked policy one that certificates are issued for."""
+
+
+def policy_names(lineage_id: ColumnElement[str]) -> ColumnElement[bool]:
+    """Return the condition that a policy names this lineage which is still there, paused or not."""
+    there = tls_policies.c.id == policy_lineages.c.policy_id
+    return exists(select(1).where(policy_lineages.c.lineage_id == lineage_id, there))
+
+
+def policy_wants(lineage_id: ColumnElement[str]) -> ColumnElement[bool]:
+    """Return the condition that a policy wants certificates for it: `mode = auto` and not paused."""
+    return exists(select(1).where(policy_lineages.c.lineage_id == lineage_id, *_WANTING))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +98,11 @@ _FIND_ALL = select(*columns_of(Lineage, lineages)).where(among(lineages.c.id, "i
 
 def lock(tx: Connection, lineage_id: str) -> Lineage | None:
     """Return one lineage, locked until the commit."""
-    return find_and_lock(tx, [lineage_id]).get(lineage_id)
+    row = tx.execute(_LOCK, {"ids": [lineage_id]}).first()
+    return None if row is None else to_value(Lineage, row)
 
 
-def find_and_lock(tx: Connection, ids: Sequence[str]) -> dict[str, Lineage]:
-    """Return these lineages by id, locked until the commit."""
-    return {row.id: to_value(Lineage, row) for row in tx.execute(_LOCK, {"ids": ids})}
-
-
-_LOCK = _FIND_ALL.order_by(lineages.c.id).with_for_update()
+_LOCK = _FIND_ALL.with_for_update()
 
 
 def lock_all(tx: Connection, ids: Iterable[str]) -> dict[str, str]:
@@ -175,10 +183,7 @@ def naming(tx: Connection, dns_name: str) -> list[Lineage]:
 def list_wanted(tx: Connection, *, after: str = "", limit: int = 1000) -> list[Lineage]:
     """Return a page, by id, of the lineages that certificates are issued for."""
     query = (
-        select(*columns_of(Lineage, lineages))
-        .where(exists(select(1).where(policy_lineages.c.lineage_id == lineages.c.id, *_WANTING)))
-        .order_by(lineages.c.id)
-        .limit(limit)
+        select(*columns_of(Lineage, lineages)).where(policy_wants(lineages.c.id)).order_by(lineages.c.id).limit(limit)
     )
     if after:
         query = query.where(lineages.c.id > after)
@@ -226,9 +231,7 @@ def wanted_among(tx: Connection, ids: Iterable[str]) -> set[str]:
     return {row[0] for page in pages(sorted(ids)) for row in tx.execute(_WANTED_AMONG, {"ids": page})}
 
 
-_WANTED_AMONG = select(lineages.c.id).where(
-    _AMONG, exists(select(1).where(policy_lineages.c.lineage_id == lineages.c.id, *_WANTING))
-)
+_WANTED_AMONG = select(lineages.c.id).where(_AMONG, policy_wants(lineages.c.id))
 
 
 _OF_LINEAGES = among(policy_lineages.c.lineage_id, "ids")
@@ -239,14 +242,12 @@ def is_wanted(tx: Connection, lineage_id: str) -> bool:
     return bool(wanted_among(tx, [lineage_id]))
 
 
-def linked_among(tx: Connection, ids: Sequence[str]) -> set[str]:
-    """Return which of these a policy names that is still there, paused or not."""
-    return set(tx.execute(_STILL_LINKED, {"ids": ids}).scalars())
+def is_linked(tx: Connection, lineage_id: str) -> bool:
+    """Say whether a policy names it that is still there, paused or not."""
+    return bool(tx.execute(_IS_LINKED, {"lineage": lineage_id}).scalar())
 
 
-_STILL_LINKED = select(policy_lineages.c.lineage_id).where(
-    _OF_LINEAGES, tls_policies.c.id == policy_lineages.c.policy_id
-)
+_IS_LINKED = select(policy_names(bindparam("lineage", type_=UuidText())))
 
 
 def policy_ids(tx: Connection, lineage_id: str) -> list[str]:
@@ -327,7 +328,7 @@ _SET_NEXT_CHECK = (
 class NewCertificate:
     """A certificate that serves from now on."""
 
-    lineage_id: str
+    lineage: Lineage
     certificate_id: str
     issuance_id: str
     leaf: Leaf
@@ -336,24 +337,24 @@ class NewCertificate:
     renew_at: datetime
 
 
-def record_certificates(tx: Connection, news: Sequence[NewCertificate], now: datetime) -> None:
-    """Note the certificates that serve from now on.
+def record_certificates(tx: Connection, news: Sequence[NewCertificate], now: datetime) -> list[Flip]:
+    """Note the certificates that serve from now on; return what became of policies, for the caller's audit rows.
 
     Failures are forgotten, service is to be proved anew, and the CA is to be asked when to renew them. A name that
     was left out has no certificate: whoever wants it has to be told.
     """
-    several = [new for new in news if len(new.leaf.dns_names) > 1]  # what is for one name leaves out none
+    several = [new for new in news if len(new.lineage.dns_names) > 1]  # a single name cannot be left out
     for new in several:
-        _take_in(tx, new.lineage_id, new.leaf.dns_names)
-    missing = left_out_among(tx, [new.lineage_id for new in news])
-    rows = [_with_certificate(new, missing.get(new.lineage_id, []), now) for new in news]
+        _take_in(tx, new.lineage.id, new.leaf.dns_names)
+    missing = left_out_among(tx, [new.lineage.id for new in several])
+    rows = [_with_certificate(new, missing.get(new.lineage.id, []), now) for new in news]
     tx.execute(_UPDATE, rows)
-    _copy_statuses(tx, {row["of_id"]: row["status"] for row in rows}, now)
+    return _copy_statuses(tx, {row["of_id"]: row["status"] for row in rows}, now)
 
 
 def _with_certificate(new: NewCertificate, missing: "list[LeftOut]", now: datetime) -> dict[str, Any]:
     return {
-        "of_id": new.lineage_id, "status": "error" if missing else "active",
+        "of_id": new.lineage.id, "status": "error" if missing else "active",
         "certificate_id": new.certificate_id, "issuance_id": new.issuance_id,
         "not_before": new.usable.not_before, "not_after": new.usable.not_after, "renew_at": new.renew_at,
         "next_check_at": min([new.renew_at, *(name.probe_at for name in missing)]),
@@ -488,19 +489,24 @@ def _make_due(tx: Connection, lineage_id: str, now: datetime, **values: Any) -> 
 def record_status(tx: Connection, lineage_id: str, status: str, now: datetime) -> None:
     """Set a lineage's status and bring the policies that want it up to date."""
     tx.execute(_UPDATE, {"of_id": lineage_id, "status": status, "updated_at": now})
-    _copy_statuses(tx, {lineage_id: status}, now)
+    audit.record_flips(tx, _copy_statuses(tx, {lineage_id: status}, now), now)
 
 
-def _copy_statuses(tx: Connection, by_id: Mapping[str, str], now: datetime) -> None:
-    """Tell the policies that name these lineages how they stand."""
-    links = [{"of_lineage": lineage_id, "lineage_status": status} for lineage_id, status in sorted(by_id.items())]
-    tx.execute(_UPDATE_LINKS, links)
-    naming_them = tx.execute(_POLICIES_OF, {"ids": sorted(by_id)}).scalars()
-    policies.refresh_statuses(tx, sorted(set(naming_them)), now)
+def _copy_statuses(tx: Connection, by_id: Mapping[str, str], now: datetime) -> list[Flip]:
+    """Tell the policies that name these lineages how they stand; return what became of these."""
+    naming_them: set[str] = set()
+    for status in sorted(set(by_id.values())):
+        ids = sorted(lineage_id for lineage_id, its in by_id.items() if its == status)
+        naming_them.update(tx.execute(_UPDATE_LINKS, {"ids": ids, "to": status}).scalars())
+    return policies.refresh(tx, naming_them, now).flips
 
 
-_UPDATE_LINKS = update(policy_lineages).where(policy_lineages.c.lineage_id == bindparam("of_lineage"))
-_POLICIES_OF = select(policy_lineages.c.policy_id).where(_OF_LINEAGES)
+_UPDATE_LINKS = (
+    update(policy_lineages)
+    .where(_OF_LINEAGES)
+    .values(lineage_status=bindparam("to"))
+    .returning(policy_lineages.c.policy_id)
+)
 
 
 def first_name(tx: Connection, lineage: Lineage) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, Text, bindparam, delete, exists, func, select, text, type_coerce, update
 
 from certworker.store import audit
+from certworker.store.audit import Flip
 from certworker.store.rows import among, columns_of, insert_new, new_id, pages, to_value
 from certworker.store.tables import certificates, lineages, policy_lineages, tls_policies
 
@@ -142,18 +143,38 @@ def refresh_status(tx: Connection, policy_id: str, now: datetime) -> str | None:
 
 
 def refresh_statuses(tx: Connection, policy_ids: Iterable[str], now: datetime) -> dict[str, str]:
-    """Bring the statuses of policies up to date, with an audit row for each that flips; return those there, by id.
+    """Do what `refresh` does, with an audit row for each that flips; return the statuses of those there, by id."""
+    refreshed = refresh(tx, policy_ids, now)
+    audit.record_flips(tx, refreshed.flips, now)
+    return refreshed.statuses
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """Policies whose statuses are up to date."""
+
+    statuses: dict[str, str]
+    """Of those that are there, by id."""
+    flips: list[Flip]
+    """The audit rows of those that were not."""
+
+
+def refresh(tx: Connection, policy_ids: Iterable[str], now: datetime) -> Refreshed:
+    """Bring the statuses of policies up to date; whoever calls writes the audit rows.
 
     `error` if any wanted name is refused, or lacks a valid certificate and its last attempt failed;
     `pending` if any lacks one; else `active`. Locks the policies: whoever locks lineages too does that before.
     """
-    statuses: dict[str, str] = {}
+    refreshed = Refreshed({}, [])
     for page in pages(sorted(set(policy_ids))):
         locked = [_Standing(*row) for row in tx.execute(_LOCK_STANDINGS, {"ids": page})]
-        found = _auto_statuses(tx, locked) | _manual_statuses(tx, locked)
-        _record_flips(tx, [one for one in locked if found[one.id] != one.status], found, now)
-        statuses |= found
-    return statuses
+        known = _known_statuses(tx, locked)
+        changed = {one.id: known[one.id] for one in locked if known.get(one.id, one.status) != one.status}
+        _set_statuses(tx, changed, now)
+        changed |= _judge(tx, [one.id for one in locked if one.id not in known], now)
+        refreshed.statuses.update((one.id, changed.get(one.id, one.status)) for one in locked)
+        refreshed.flips.extend(_flip(tx, one, changed[one.id]) for one in locked if one.id in changed)
+    return refreshed
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,41 +197,49 @@ _WORST = (
     .where(policy_lineages.c.policy_id == tls_policies.c.id, _LACKING)
     .scalar_subquery()
 )
-# A statement of its own after the one that locks: that one sees links as they were before it waited.
-_READ_WORST = select(tls_policies.c.id, _WORST).where(_AMONG)
+_JUDGED = func.coalesce(_WORST, "active")
+_JUDGE = (
+    update(tls_policies)
+    .where(_AMONG, tls_policies.c.status != _JUDGED)
+    .values(status=_JUDGED, updated_at=bindparam("now"))
+    .returning(tls_policies.c.id, tls_policies.c.status)
+)
 _READ_DOMAINS = select(tls_policies.c.id, tls_policies.c.domains).where(_AMONG)
 _SET_STATUS = update(tls_policies).where(_AMONG).values(status=bindparam("to"), updated_at=bindparam("now"))
 
 
-def _auto_statuses(tx: Connection, locked: list[_Standing]) -> dict[str, str]:
-    """Return what the lineages of these policies say: one look-up in an index each, however many they are."""
-    judged = {one.id: "error" for one in locked if one.mode == "auto" and one.refused_names}
-    ids = [one.id for one in locked if one.mode == "auto" and not one.refused_names]
-    if ids:
-        judged |= {row[0]: row[1] or "active" for row in tx.execute(_READ_WORST, {"ids": ids})}
-    return judged
+def _judge(tx: Connection, ids: list[str], now: datetime) -> dict[str, str]:
+    """Give locked policies the status that their lineages say; return what has changed.
+
+    It costs one look-up in an index for each, however many lineages they have. Not part of the statement that locks:
+    that one sees links as they were before it waited.
+    """
+    if not ids:
+        return {}
+    return {row[0]: row[1] for row in tx.execute(_JUDGE, {"ids": ids, "now": now})}
 
 
-def _record_flips(tx: Connection, flipped: list[_Standing], statuses: dict[str, str], now: datetime) -> None:
-    for status in sorted({statuses[one.id] for one in flipped}):
-        ids = [one.id for one in flipped if statuses[one.id] == status]
+def _set_statuses(tx: Connection, statuses: Mapping[str, str], now: datetime) -> None:
+    for status in sorted(set(statuses.values())):
+        ids = [policy_id for policy_id, its in statuses.items() if its == status]
         tx.execute(_SET_STATUS, {"ids": ids, "to": status, "now": now})
-    flips = [
-        (one.id, {"status": one.status}, {"status": statuses[one.id], **_reason(tx, one, statuses[one.id])})
-        for one in flipped
-    ]
-    audit.record_flips(tx, "policy", "tls_policies", flips, now)
 
 
-def _manual_statuses(tx: Connection, locked: list[_Standing]) -> dict[str, str]:
-    judged = {one.id: "error" for one in locked if one.mode == "manual" and one.refused_names}
+def _flip(tx: Connection, policy: _Standing, status: str) -> Flip:
+    after = {"status": status, **_reason(tx, policy, status)}
+    return Flip("policy", "tls_policies", policy.id, {"status": policy.status}, after)
+
+
+def _known_statuses(tx: Connection, locked: list[_Standing]) -> dict[str, str]:
+    """Return the statuses that no lineage decides: of policies with refused names, and of those that are manual."""
+    known = {one.id: "error" for one in locked if one.refused_names}
     ids = [one.id for one in locked if one.mode == "manual" and not one.refused_names]
     if ids:
         rows = tx.execute(_READ_DOMAINS, {"ids": ids})
         wanted = {row[0]: [name for name in row[1] if isinstance(name, str)] for row in rows}
         found = _statuses_by_name(tx, sorted({name for names in wanted.values() for name in names}))
-        judged |= {policy_id: _manual_status(names, found) for policy_id, names in wanted.items()}
-    return judged
+        known |= {policy_id: _manual_status(names, found) for policy_id, names in wanted.items()}
+    return known
 
 
 def _manual_status(names: list[str], found: dict[str, set[str]]) -> str:

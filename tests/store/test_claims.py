@@ -3,13 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from threading import Barrier
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, insert, literal, select, update
 
 from certworker.core.issuance import State
 from certworker.errors import LeaseLost
-from certworker.store import challenges, issuances
+from certworker.store import challenges, issuances, lineages, policies
 from certworker.store.challenges import Answer
 from certworker.store.database import Database
 from certworker.store.issuances import Issuance
@@ -369,24 +370,57 @@ def test_the_leases_of_dead_workers_are_freed_and_no_others(db: Database) -> Non
     assert read(db, theirs.id).lease_owner == OTHER
 
 
-def test_another_order_for_the_same_names_is_seen(db: Database) -> None:
-    """From its intent to its end, with the same account only."""
-    queue_some(db, 2)
-    first, _ = claim(db)
-    account = add_account(db)
-    key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": "s", "names_hash": "h", "account_id": account}
+def want(db: Database, claimed: list[Issuance], **mode: str) -> str:
+    """Let a policy name their lineages; return its id."""
 
-    def asks(account_id: str = account, besides: tuple[str, ...] = ()) -> bool:
-        return db.read(lambda tx: issuances.being_ordered(tx, {"h", "other"}, account_id, besides, NOW)) == {"h"}
+    def add(tx: Connection) -> str:
+        policy_id = policies.add(tx, ["a.test"], NOW, **mode)
+        assert policy_id is not None
+        lineages.link(tx, {policy_id: [one.lineage_id for one in claimed]})
+        return policy_id
 
-    ready = db.write(lambda tx: issuances.record(tx, first, NOW, **key))
-    assert not asks()
-    intends = db.write(lambda tx: issuances.record(tx, ready, NOW, state=State.ORDER_INTENT))
-    assert asks()
-    assert not asks(new_id())
-    assert not asks(besides=(first.id,))
-    db.write(lambda tx: issuances.close(tx, intends, State.FAILED, NOW))
-    assert not asks()
+    return db.write(add)
+
+
+def intend(db: Database, claimed: list[Issuance], account_id: str, names_hash: str = "h") -> list[Issuance] | None:
+    """Intend an order for the same names for each of them."""
+
+    def values(one: Issuance) -> dict[str, Any]:
+        key = {"key_pem": "k", "csr_der": b"c", "spki_sha256": f"{one.id}{one.state}"}
+        return {**key, "names_hash": names_hash, "account_id": account_id, "state": State.ORDER_INTENT}
+
+    changes = [issuances.change(one, NOW, **values(one)) for one in claimed]
+    return db.write(lambda tx: issuances.record_intents(tx, changes, alone=len(changes) == 1))
+
+
+def test_an_order_for_the_same_names_is_not_made_twice(db: Database) -> None:
+    """From its intent to its end, with the same account only; of two that come together neither is kept."""
+    queue_some(db, 3)
+    first, second, third = claim(db)
+    want(db, [first, second, third])
+    account, another = add_account(db), add_account(db)
+
+    with pytest.raises(LeaseLost):
+        intend(db, [first, second], account)
+    assert read(db, first.id).state == State.QUEUED
+    (intended,) = intend(db, [first], account) or ()
+    assert intend(db, [second], account) is None
+    assert intend(db, [third], another) is not None
+    db.write(lambda tx: issuances.close(tx, intended, State.FAILED, NOW))
+    assert intend(db, [second], account) is not None
+
+
+def test_an_order_that_nobody_wants_is_not_made(db: Database) -> None:
+    """A manual policy names its lineage, and that is not enough; what is under way may go on with it."""
+    queue_some(db, 1)
+    (claimed,) = claim(db)
+    policy_id = want(db, [claimed], mode="manual")
+    goes_on = issuances.change(claimed, NOW, failures=1)
+
+    assert intend(db, [claimed], add_account(db)) is None
+    assert db.write(lambda tx: issuances.record_linked(tx, [goes_on])) is not None
+    db.write(lambda tx: policies.remove(tx, policy_id))
+    assert db.write(lambda tx: issuances.record_linked(tx, [goes_on])) is None
 
 
 def test_keys_are_forgotten_when_their_certificate_has_ended(db: Database) -> None:
