@@ -25,7 +25,6 @@ from datetime import timedelta
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -107,17 +106,14 @@ class Responder:
     ) -> None:
         """Answer on `host`:`port` with the key authorization that `find` returns for a live token.
 
-        `at_hand` is asked first, and must not block. The two others run in threads and may. `on_fetch` is told the
-        tokens that were answered to GET; fetches that come before it could be told are one call, and what it
-        raises is dropped.
+        `at_hand` is asked first. `on_fetch` is told each token that was answered to GET, and what it raises is
+        dropped. These two must not block; `find` runs in threads, and may.
         """
         self.counters = Counters()
         self._host, self._port = host, port
         self._find, self._on_fetch, self._limits, self._at_hand = find, on_fetch, limits, at_hand
         self._listener: socket.socket | None = None
         self._conversations: set[Conversation] = set()
-        self._untold: set[str] = set()
-        self._fetched: SimpleQueue[str | None] = SimpleQueue()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -144,13 +140,11 @@ class Responder:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=[self._listener], name="responder", daemon=True)
         self._thread.start()
-        self._teller = threading.Thread(target=self._tell_fetched, name="responder-tell", daemon=True)
-        self._teller.start()
 
     @property
-    def threads(self) -> list[threading.Thread]:
+    def thread(self) -> threading.Thread:
         """What answers, once it is started."""
-        return [self._thread, self._teller]
+        return self._thread
 
     def stop(self) -> None:
         """Close the port and every connection; repeating it is harmless."""
@@ -176,7 +170,6 @@ class Responder:
         for conversation in list(self._conversations):
             conversation.close()
         self._lookups.close()
-        self._fetched.put(None)
         self._loop.close()
 
     def _accept_from(self, listener: socket.socket) -> None:
@@ -202,15 +195,8 @@ class Responder:
             conversation.begin(full=len(self._conversations) > self._limits.connections)
 
     def _tell(self, token: str) -> None:
-        if token not in self._untold:
-            self._untold.add(token)
-            self._fetched.put(token)
-
-    def _tell_fetched(self) -> None:
-        while (token := self._fetched.get()) is not None:
-            self._untold.discard(token)  # first: a fetch from here on is news again
-            with suppress(Exception):
-                self._on_fetch(token)
+        with suppress(Exception):
+            self._on_fetch(token)
 
 
 class Conversation:

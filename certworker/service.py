@@ -282,7 +282,7 @@ class Service:
             self._node.poke()
 
     def _share_one_core(self) -> None:
-        self._core.gather([*self._crew.threads, *self._responder.threads])
+        self._core.gather([*self._crew.threads, self._responder.thread])
 
     def _beaten(self, db_now: datetime | None) -> None:
         """Follow the database's clock; what waits for a time that will not come looks now."""

@@ -159,10 +159,10 @@ class Crew:
 
     def fetched(self, token: str) -> None:
         """Look soon at the issuance whose token the CA has just fetched; one in work hears of it all the same."""
+        session = self._by_token.get(token)
+        if session is None or session.fetched:
+            return  # most: a CA fetches from several places
         with self._lock:
-            session = self._by_token.get(token)
-            if session is None or session.fetched:
-                return
             session.fetched, session.looks = True, 0
             if session in self._waiting:
                 session.wait_until = self._after_fetch(session)
