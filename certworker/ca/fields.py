@@ -1,7 +1,6 @@
 """Reads the fields of a JSON object that a stranger wrote; every fault names the answer and the field."""
 
 import json
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,9 +17,9 @@ class Fields:
     def __init__(self, url: str, value: object, path: str = "") -> None:
         self._url = url
         self._path = path
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             raise AnswerFault(url, f"{path.rstrip('.') or 'the answer'} must be an object")
-        self._fields: Mapping[str, Any] = value
+        self._fields: dict[str, Any] = value
 
     def fault(self, name: str, rule: str) -> AnswerFault:
         """Return the error that says what is wrong with a field; the value itself may be secret."""

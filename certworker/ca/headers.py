@@ -52,6 +52,8 @@ def read_retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | N
     A date is compared with the answer's own Date, because it comes from the same clock.
     """
     value = headers.get("retry-after", "").strip()
+    if not value:
+        return None
     if _SECONDS.fullmatch(value):
         return timedelta(seconds=int(value)) if len(value) <= 8 else _LONGEST_WAIT
     until = read_http_date(value, now)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import urljoin
 
 from certworker.ca.connection import Connection, Deadline, ProxyRefused, open_connection
@@ -175,8 +175,7 @@ class Transport:
         return to
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(NamedTuple):
     method: str
     url: str
     body: bytes | None
