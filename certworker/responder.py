@@ -38,8 +38,12 @@ ACCEPT_AT_ONCE = 64
 ACCEPT_AGAIN = timedelta(milliseconds=200)
 """After a connection that could not be taken: no descriptor is left for it."""
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
+_TCHARS = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+"""What methods and names of fields are made of: a token (RFC 9110 §5.6.2)."""
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TCHARS)
+_FIELDS = re.compile(rb"(?:\r\n%b:[\t -~\x80-\xff]*)*" % _TCHARS)
+_TELLING = re.compile(rb"\r\n(host|connection|content-length|transfer-encoding):([^\r]*)", re.IGNORECASE)
+"""The fields that say anything to us."""
 _CHALLENGE = re.compile(rb"/\.well-known/acme-challenge/([0-9A-Za-z_-]{22,128})")
 """22 characters are the 128 bits that RFC 8555 §8.3 asks of a token; proxies match the same 22 to 128."""
 
@@ -331,7 +335,7 @@ class Conversation:
         self._counters.refused += 1
         self._lingering, self._heard = True, b""
         body = f"{status.phrase.lower()}\n".encode()
-        if self._send(_render_head(status, len(body), keep_alive=False) + body):
+        if self._send(_render_head(status, len(body), keep_alive=False, second=int(time.time())) + body):
             with suppress(OSError):
                 self._client.shutdown(socket.SHUT_WR)
             self._wait(LINGER, self.close)
@@ -438,19 +442,17 @@ def take_request(heard: bytes, limit: int) -> tuple[Request | None, bytes]:
         if complete and not (line.endswith(b"\r") and _REQUEST_LINE.fullmatch(line[:-1])):
             raise Refused(HTTPStatus.BAD_REQUEST)  # now: a client of HTTP/0.9 sends no more
         return None, heard
-    line, *fields = heard[:end].split(b"\r\n")
-    return parse_request(line, fields), heard[end + 4 :]
+    return parse_request(heard[:end]), heard[end + 4 :]
 
 
-def parse_request(request_line: bytes, field_lines: list[bytes]) -> Request:
-    """Understand a request head, or raise Refused."""
-    start = _REQUEST_LINE.fullmatch(request_line)
-    matches = [_FIELD.fullmatch(line) for line in field_lines]
-    if start is None or None in matches:
+def parse_request(head: bytes) -> Request:
+    """Understand a request head, without its empty line, or raise Refused."""
+    start = _REQUEST_LINE.match(head)
+    if start is None or _FIELDS.fullmatch(head, start.end()) is None:
         raise Refused(HTTPStatus.BAD_REQUEST)
     fields: dict[bytes, list[bytes]] = {}
-    for match in filter(None, matches):
-        fields.setdefault(match[1].lower(), []).append(match[2].strip())
+    for name, value in _TELLING.findall(head, start.end()):
+        fields.setdefault(name.lower(), []).append(value.strip())
     method, target, minor = start.groups()
     if len(fields.get(b"host", [])) != 1:  # RFC 9112 §3.2; proxies send it with HTTP/1.0 too
         raise Refused(HTTPStatus.BAD_REQUEST)
@@ -472,13 +474,15 @@ def render_answer(found: str | None, request: Request) -> bytes:
     """Print 200 with the key authorization, or 404; HEAD gets the same without the body."""
     status = HTTPStatus.OK if found else HTTPStatus.NOT_FOUND
     body = (found or "not found\n").encode()
-    return _render_head(status, len(body), request.keep_alive) + (body if request.method == b"GET" else b"")
+    head = _render_head(status, len(body), request.keep_alive, int(time.time()))
+    return head + (body if request.method == b"GET" else b"")
 
 
-def _render_head(status: HTTPStatus, length: int, keep_alive: bool) -> bytes:
+@lru_cache(16)
+def _render_head(status: HTTPStatus, length: int, keep_alive: bool, second: int) -> bytes:
     lines = [
         f"HTTP/1.1 {status.value} {status.phrase}",
-        f"Date: {_render_date(int(time.time()))}",
+        f"Date: {formatdate(second, usegmt=True)}",
         "Content-Type: text/plain",
         f"Content-Length: {length}",
         "Cache-Control: no-store",
@@ -490,8 +494,3 @@ def _render_head(status: HTTPStatus, length: int, keep_alive: bool) -> bytes:
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         lines.append("Retry-After: 1")
     return "\r\n".join([*lines, "", ""]).encode()
-
-
-@lru_cache(1)
-def _render_date(second: int) -> str:
-    return formatdate(second, usegmt=True)
