@@ -37,6 +37,8 @@ _SIGNATURE_REFUSED = "malformed"
 _UNKNOWN = "accountDoesNotExist"
 _UNAUTHORIZED = "unauthorized"
 _REFUSALS = frozenset([_SIGNATURE_REFUSED, _UNKNOWN, _UNAUTHORIZED])
+_DEFAULT = "default"
+"""Stands for its id while that is asked for."""
 _DELETED = "the account of this order was deleted from acme_accounts"
 _PINS = "CAA records that name the old URL as accounturi (RFC 8657 §3) have to name the new one"
 _EVENTS = {
@@ -101,7 +103,7 @@ class Accounts:
         Raises TermsNotAgreed before a key is made, OverBudget before newAccount, AccountDeactivated, or what
         the CA says to newAccount.
         """
-        stored = self.find_default() or self.add()
+        stored = self._alone(_DEFAULT, lambda: self.find_default() or self.add())
         return stored.id, self._ready(stored)
 
     def used(self) -> str:

@@ -1,14 +1,12 @@
 """`challenges`: what the responder answers from. A token lives as long as its issuance is open."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 
 from sqlalchemy import Connection, bindparam, delete, exists, select
-from sqlalchemy.dialects import postgresql, sqlite
 
-from certworker.store.rows import among, new_id
+from certworker.store.rows import among, new_id, put_rows
 from certworker.store.tables import challenges, issuances
 
 
@@ -25,16 +23,16 @@ class Answer:
 
 def publish_all(tx: Connection, answers: Sequence[Answer], now: datetime) -> None:
     """Make these tokens answerable; saying it again replaces them."""
-    if answers:
-        rows = [{"id": new_id(), **asdict(answer), "created_at": now} for answer in answers]
-        tx.execute(_publish(tx.dialect.name), rows)
-
-
-@cache
-def _publish(dialect: str) -> postgresql.Insert | sqlite.Insert:
-    insert = sqlite.insert(challenges) if dialect == "sqlite" else postgresql.insert(challenges)
-    key, replaced = ("issuance_id", "authorization_url"), ("dns_name", "token", "key_authorization", "created_at")
-    return insert.on_conflict_do_update(index_elements=key, set_={name: insert.excluded[name] for name in replaced})
+    rows = [
+        {
+            "id": new_id(), "issuance_id": answer.issuance_id, "authorization_url": answer.authorization_url,
+            "dns_name": answer.dns_name, "token": answer.token, "key_authorization": answer.key_authorization,
+            "created_at": now,
+        }
+        for answer in answers
+    ]  # fmt: skip
+    if rows:
+        put_rows(tx, challenges, rows, unique=("issuance_id", "authorization_url"))
 
 
 def find_key_authorization(tx: Connection, token: str) -> str | None:

@@ -90,11 +90,21 @@ def put_row(tx: Connection, table: Table, **values: Any) -> None:
     )
 
 
-def put_rows(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
-    """The same for many rows at once, which name the same columns."""
-    insert = _insert(tx.dialect.name)(table)
-    taken_over = {name: insert.excluded[name] for name in rows[0] if not table.c[name].primary_key}
-    tx.execute(insert.on_conflict_do_update(index_elements=[*table.primary_key], set_=taken_over), rows)
+def put_rows(tx: Connection, table: Table, rows: list[dict[str, Any]], unique: tuple[str, ...] = ()) -> None:
+    """The same for many rows at once, which name the same columns; with the same `unique` columns, if that is another.
+
+    A row that is there keeps its primary key.
+    """
+    tx.execute(_insert_or_replace(table, tx.dialect.name, tuple(rows[0]), unique), rows)
+
+
+@cache
+def _insert_or_replace(
+    table: Table, dialect: str, columns: tuple[str, ...], unique: tuple[str, ...]
+) -> "postgresql.Insert | sqlite.Insert":
+    insert, primary = _insert(dialect)(table), [column.name for column in table.primary_key]
+    taken_over = {name: insert.excluded[name] for name in columns if name not in (*primary, *unique)}
+    return insert.on_conflict_do_update(index_elements=unique or primary, set_=taken_over)
 
 
 @cache
