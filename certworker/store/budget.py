@@ -9,12 +9,13 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, select, tuple_, update
+from sqlalchemy import Connection, Text, TextualSelect, bindparam, delete, select, text, tuple_, update
 
 from certworker.core import budget
 from certworker.core.budget import Charge, Granted, Limit, Refused
-from certworker.store.rows import among, columns_of, lock_rows, to_value
+from certworker.store.rows import columns_of, to_value
 from certworker.store.tables import rate_buckets
+from certworker.store.types import Json, UtcTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +134,37 @@ def _lock(tx: Connection, directory_url: str, account_id: str, buckets: list[str
     """Lock these buckets in the given order; one that was never used is full."""
     if not buckets:
         return {}
-    accounts = {bucket: account_id if budget.is_per_account(bucket) else "" for bucket in buckets}
-    key = [{"directory_url": directory_url, "account": accounts[bucket], "bucket": bucket} for bucket in buckets]
-    lock_rows(tx, rate_buckets, [{**row, "full_at": now} for row in key])
-    found = tx.execute(_FIND, {"of_ca": directory_url, "accounts": sorted({*accounts.values()}), "names": buckets})
-    return {row.bucket: to_value(_Bucket, row) for row in found if row.account == accounts[row.bucket]}
+    rows = [[account_id if budget.is_per_account(bucket) else "", bucket] for bucket in buckets]
+    locked = tx.execute(_LOCK[tx.dialect.name], {"of_ca": directory_url, "rows": rows, "now": now})
+    return {row.bucket: to_value(_Bucket, row) for row in locked}
 
 
-_FIND = select(*columns_of(_Bucket, rate_buckets)).where(
-    rate_buckets.c.directory_url == bindparam("of_ca"),
-    among(rate_buckets.c.account, "accounts"),
-    among(rate_buckets.c.bucket, "names"),
-)
+def _locking(rows: str) -> TextualSelect:
+    """Return the statement that locks the buckets of a SELECT, and inserts those that are not there.
+
+    One for both: between two of them another transaction could insert the row, or delete it, and what is not there
+    cannot be locked.
+    """
+    statement = text(f"""
+        INSERT INTO rate_buckets (directory_url, account, bucket, full_at)
+        SELECT :of_ca, account, bucket, :now FROM ({rows}) AS asked WHERE true ORDER BY turn
+        ON CONFLICT (directory_url, account, bucket) DO UPDATE SET bucket = rate_buckets.bucket
+        RETURNING account, bucket, full_at, promised_at
+    """)  # noqa: S608 - one of the two below
+    bound = (bindparam("of_ca", type_=Text()), bindparam("rows", type_=Json), bindparam("now", type_=UtcTime()))
+    return statement.bindparams(*bound).columns(*columns_of(_Bucket, rate_buckets))
+
+
+_LOCK = {
+    "sqlite": _locking(
+        "SELECT json_extract(value, '$[0]') AS account, json_extract(value, '$[1]') AS bucket, key AS turn"
+        " FROM json_each(:rows)"
+    ),
+    "postgresql": _locking(
+        "SELECT value ->> 0 AS account, value ->> 1 AS bucket, turn"
+        " FROM jsonb_array_elements(:rows) WITH ORDINALITY AS listed (value, turn)"
+    ),
+}
 
 
 def _write(tx: Connection, directory_url: str, buckets: list[_Bucket]) -> None:

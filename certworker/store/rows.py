@@ -66,21 +66,6 @@ def insert_new_all(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> 
     tx.execute(_insert(tx.dialect.name)(table).on_conflict_do_nothing(), rows)
 
 
-def lock_rows(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
-    """Lock the rows of these primary keys until the commit, in the given order; one not there is inserted as given.
-
-    One statement for both: between two of them another transaction could insert the row, or delete it, and
-    what is not there cannot be locked.
-    """
-    tx.execute(_insert_or_lock(table, tx.dialect.name), rows)
-
-
-@cache
-def _insert_or_lock(table: Table, dialect: str) -> "postgresql.Insert | sqlite.Insert":
-    key = [*table.primary_key]
-    return _insert(dialect)(table).on_conflict_do_update(index_elements=key, set_={key[0].name: key[0]})
-
-
 def put_row(tx: Connection, table: Table, **values: Any) -> None:
     """Insert a row, or let it take the place of the one with the same primary key."""
     tx.execute(

@@ -28,7 +28,7 @@ from .world import NODE_SILENT, World
 
 REQUESTS = 7
 """newOrder, authorization, challenge, order, finalize, order, certificate: none can be spared (RFC 8555 §7.4, §7.5)."""
-STATEMENTS = 21
+STATEMENTS = 20
 """Of an issuance from its claim to the certificate that serves."""
 COMMITS = 5
 """order_intent, ordered, validating, finalizing, done: each before the act that rests on it."""
