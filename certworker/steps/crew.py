@@ -422,11 +422,13 @@ class Crew:
             sessions = self._in_hand()
         kept = self._extend(self._reserved, sessions)
         with self._lock:
-            for session in sessions:
-                if session.issuance.id not in kept and session in self._waiting and not session.unsure:
-                    _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id})
-                    self._waiting.remove(session)
-                    self._let_go(session)
+            waiting = [session for session in sessions if session in self._waiting and not session.unsure]
+            lost = [session for session in waiting if session.issuance.id not in kept]
+            for session in lost:
+                self._waiting.remove(session)
+                self._let_go(session)
+        for session in lost:
+            _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id})
 
     def _extend(self, db: Database, sessions: list[Session]) -> set[str]:
         """Extend the leases of these sessions; return the ids of those that are still ours."""

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Select, bindparam, false, func, select, text,
 from certworker.core.issuance import State
 from certworker.errors import InputError
 from certworker.store import audit
+from certworker.store.prepared import Prepared
 from certworker.store.rows import columns_of, insert_new, new_id, to_value
 from certworker.store.seal import Sealer, is_sealed
 from certworker.store.tables import OPEN, acme_accounts, issuances
@@ -294,18 +295,19 @@ def _default_first() -> tuple[Any, ...]:
     return marked.desc(), acme_accounts.c.created_at, acme_accounts.c.id
 
 
-_DEFAULT = (
+_DEFAULT = Prepared(
     _accounts().where(acme_accounts.c.directory_url == bindparam("directory")).order_by(*_default_first()).limit(1)
 )
-_FIND = _accounts().where(acme_accounts.c.id == bindparam("account"))
-_HOLD = _FIND.with_for_update(read=True)
+_THIS = _accounts().where(acme_accounts.c.id == bindparam("account"))
+_FIND = Prepared(_THIS)
+_HOLD = Prepared(_THIS.with_for_update(read=True))
 # `key_share`: an issuance that names the account by its foreign key does not wait.
-_LOCK = _FIND.with_for_update(key_share=True)
+_LOCK = Prepared(_THIS.with_for_update(key_share=True))
 
 
-def _first(tx: Connection, query: Select[Any], **asked: str) -> StoredAccount | None:
-    row = tx.execute(query, asked).first()
-    return None if row is None else to_value(StoredAccount, row)
+def _first(tx: Connection, query: Prepared, **asked: str) -> StoredAccount | None:
+    rows = query.fetch(tx, **asked)
+    return to_value(StoredAccount, rows[0]) if rows else None
 
 
 def _lock(tx: Connection, account_id: str) -> StoredAccount | None:

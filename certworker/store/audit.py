@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select
 
+from certworker.store.prepared import Prepared
 from certworker.store.rows import new_id
 from certworker.store.tables import audit_logs
 
@@ -16,7 +17,7 @@ WORKER = "certworker"
 
 def record(tx: Connection, action: str, diff: dict[str, Any], now: datetime, *, actor: str = WORKER) -> None:
     """Write one row. `diff` never holds a key, a token or a whole certificate."""
-    tx.execute(insert(audit_logs).values(id=new_id(), actor=actor, action=action, diff=diff, created_at=now))
+    _ADD.run(tx, [{"id": new_id(), "actor": actor, "action": action, "diff": diff, "created_at": now}])
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,10 @@ def record_flips(tx: Connection, flips: Sequence[Flip], now: datetime) -> None:
         }
         for one in flips
     ]  # fmt: skip
-    if rows:
-        tx.execute(_ADD, rows)
+    _ADD.run(tx, rows)
 
 
-_ADD = insert(audit_logs)
+_ADD = Prepared(insert(audit_logs))
 
 
 def newest(tx: Connection, limit: int = 100) -> list[dict[str, Any]]:

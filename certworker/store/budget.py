@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Text, TextualSelect, bindparam, delete, select, text, tuple_, update
+from sqlalchemy import Connection, Text, bindparam, delete, select, text, tuple_, update
 
 from certworker.core import budget
 from certworker.core.budget import Charge, Granted, Limit, Refused
+from certworker.store.prepared import Prepared
 from certworker.store.rows import columns_of, to_value
 from certworker.store.tables import rate_buckets
 from certworker.store.types import Json, UtcTime
@@ -135,11 +136,11 @@ def _lock(tx: Connection, directory_url: str, account_id: str, buckets: list[str
     if not buckets:
         return {}
     rows = [[account_id if budget.is_per_account(bucket) else "", bucket] for bucket in buckets]
-    locked = tx.execute(_LOCK[tx.dialect.name], {"of_ca": directory_url, "rows": rows, "now": now})
-    return {row.bucket: to_value(_Bucket, row) for row in locked}
+    locked = _LOCK[tx.dialect.name].fetch(tx, of_ca=directory_url, rows=rows, now=now)
+    return {one.bucket: one for one in (to_value(_Bucket, row) for row in locked)}
 
 
-def _locking(rows: str) -> TextualSelect:
+def _locking(rows: str) -> Prepared:
     """Return the statement that locks the buckets of a SELECT, and inserts those that are not there.
 
     One for both: between two of them another transaction could insert the row, or delete it, and what is not there
@@ -152,7 +153,7 @@ def _locking(rows: str) -> TextualSelect:
         RETURNING account, bucket, full_at, promised_at
     """)  # noqa: S608 - one of the two below
     bound = (bindparam("of_ca", type_=Text()), bindparam("rows", type_=Json), bindparam("now", type_=UtcTime()))
-    return statement.bindparams(*bound).columns(*columns_of(_Bucket, rate_buckets))
+    return Prepared(statement.bindparams(*bound).columns(*columns_of(_Bucket, rate_buckets)))
 
 
 _LOCK = {
@@ -168,11 +169,10 @@ _LOCK = {
 
 
 def _write(tx: Connection, directory_url: str, buckets: list[_Bucket]) -> None:
-    if buckets:
-        tx.execute(_KEEP, [{"of_ca": directory_url, **_bound(bucket)} for bucket in buckets])
+    _KEEP.run(tx, [{"of_ca": directory_url, **_bound(bucket)} for bucket in buckets])
 
 
-_KEEP = (
+_KEEP = Prepared(
     update(rate_buckets)
     .where(
         rate_buckets.c.directory_url == bindparam("of_ca"),

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from certworker.core.certificate import Leaf
 from certworker.store import audit, counters
 from certworker.store.audit import Flip
+from certworker.store.prepared import Prepared
 from certworker.store.rows import among, columns_of, pages, to_value
 from certworker.store.tables import certificates, removed_certificates
 
@@ -70,11 +71,14 @@ def of_lineages(tx: Connection, lineage_ids: Sequence[str]) -> dict[str, Present
     """Return what these lineages have, by lineage."""
     if not lineage_ids:
         return {}
-    return {lineage_id: Present(*row) for lineage_id, *row in tx.execute(_OF_LINEAGES, {"lineages": lineage_ids})}
+    rows = _OF_LINEAGES.fetch(tx, lineages=lineage_ids)
+    return {lineage_id: Present(*row) for lineage_id, *row in rows}
 
 
-_OF_LINEAGES = select(certificates.c.lineage_id, *columns_of(Present, certificates)).where(
-    among(certificates.c.lineage_id, "lineages")
+_OF_LINEAGES = Prepared(
+    select(certificates.c.lineage_id, *columns_of(Present, certificates)).where(
+        among(certificates.c.lineage_id, "lineages")
+    )
 )
 
 
@@ -100,17 +104,18 @@ def activate_all(tx: Connection, activations: Sequence[Activation], flips: Seque
     audit.record_flips(tx, [*flips, *map(_flip, activations)], now)
     first = counters.next_value(tx, counters.REVISION, len(activations)) - len(activations) + 1
     numbered = list(enumerate(activations, first))
-    if fresh := [(revision, one) for revision, one in numbered if one.before is None]:
-        tx.execute(insert(certificates), [
-            {"id": one.certificate_id, "created_at": now, **_serving(one, revision, now)} for revision, one in fresh
-        ])  # fmt: skip
-    if renewed := [(revision, one) for revision, one in numbered if one.before is not None]:
-        tx.execute(_RENEW, [
-            {"of_id": one.certificate_id, **_serving(one, revision, now)} for revision, one in renewed
-        ])  # fmt: skip
+    _ADD.run(tx, [
+        {"id": one.certificate_id, "created_at": now, **_serving(one, revision, now)}
+        for revision, one in numbered if one.before is None
+    ])  # fmt: skip
+    _RENEW.run(tx, [
+        {"of_id": one.certificate_id, **_serving(one, revision, now)}
+        for revision, one in numbered if one.before is not None
+    ])  # fmt: skip
 
 
-_RENEW = update(certificates).where(certificates.c.id == bindparam("of_id"))
+_ADD = Prepared(insert(certificates))
+_RENEW = Prepared(update(certificates).where(certificates.c.id == bindparam("of_id")))
 
 
 def _flip(one: Activation) -> Flip:

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, delete, exists, select
 
+from certworker.store.prepared import Prepared
 from certworker.store.rows import among, new_id, put_rows
 from certworker.store.tables import challenges, issuances
 
@@ -45,10 +46,10 @@ _FIND = select(challenges.c.key_authorization).where(challenges.c.token == bindp
 
 def withdraw(tx: Connection, issuance_ids: Sequence[str]) -> None:
     """Let these issuances' tokens be answered no more; another one's with the same token stay."""
-    tx.execute(_DELETE, {"issuances": issuance_ids})
+    _DELETE.run(tx, [{"issuances": issuance_ids}])
 
 
-_DELETE = delete(challenges).where(among(challenges.c.issuance_id, "issuances"))
+_DELETE = Prepared(delete(challenges).where(among(challenges.c.issuance_id, "issuances")))
 
 
 def withdraw_stale(tx: Connection, before: datetime) -> int:

@@ -9,6 +9,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, select, update
 
+from certworker.store.prepared import Prepared
 from certworker.store.tables import counters
 
 REVISION = "revision"
@@ -22,10 +23,11 @@ FORGOTTEN = "forgotten"
 
 def next_value(tx: Connection, name: str, steps: int = 1) -> int:
     """Raise the counter by `steps` and return its new value."""
-    return int(tx.execute(_RAISE, {"counter": name, "steps": steps}).scalar_one())
+    ((raised,),) = _RAISE.fetch(tx, counter=name, steps=steps)
+    return int(raised)
 
 
-_RAISE = (
+_RAISE = Prepared(
     update(counters)
     .where(counters.c.name == bindparam("counter"))
     .values(value=counters.c.value + bindparam("steps"))

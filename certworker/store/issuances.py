@@ -18,7 +18,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
-    Update,
     bindparam,
     case,
     delete,
@@ -34,6 +33,7 @@ from sqlalchemy import (
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
 from certworker.store.lineages import policy_names, policy_wants
+from certworker.store.prepared import Prepared
 from certworker.store.rows import among, columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import OPEN, issuances, lineages, policy_lineages
 from certworker.store.types import db_now, seconds_from_now
@@ -136,8 +136,11 @@ _MARK_URGENT = update(issuances).where(_OF_LINEAGES, _OPEN).values(urgent=True)
 
 def find(tx: Connection, issuance_id: str) -> Issuance | None:
     """Return one issuance."""
-    row = tx.execute(select(*columns_of(Issuance, issuances)).where(issuances.c.id == issuance_id)).first()
-    return None if row is None else to_value(Issuance, row)
+    rows = _FIND.fetch(tx, issuance=issuance_id)
+    return to_value(Issuance, rows[0]) if rows else None
+
+
+_FIND = Prepared(select(*columns_of(Issuance, issuances)).where(issuances.c.id == bindparam("issuance")))
 
 
 def find_open(tx: Connection, lineage_id: str) -> Issuance | None:
@@ -262,7 +265,7 @@ def claim(
         ids += [issuance_id for issuance_id in more if issuance_id not in ids][: limit - len(ids)]
     if not ids:
         return []
-    claimed = [to_value(Issuance, row) for row in tx.execute(_LEASE, {"ids": ids, "worker": worker})]
+    claimed = [to_value(Issuance, row) for row in _LEASE.fetch(tx, ids=ids, worker=worker)]
     return sorted(claimed, key=lambda one: (not one.urgent, one.attempt_at))
 
 
@@ -273,7 +276,8 @@ def _find_due(
     found: list[str] = []
     for page in [None] if only is None else pages(only, _ASKED):
         asked = {"now": now, "most": limit - len(found), "only": page, "directory": directory_url}
-        found += tx.execute(query, {name: value for name, value in asked.items() if value is not None}).scalars()
+        given = {name: value for name, value in asked.items() if value is not None}
+        found += [row[0] for row in query.fetch(tx, **given)]
         if len(found) >= limit:
             break
     return found
@@ -284,7 +288,7 @@ _ASKED = 100
 
 
 @cache
-def _due(*, urgent: bool, restricted: bool, of_ca: bool) -> Select[Any]:
+def _due(*, urgent: bool, restricted: bool, of_ca: bool) -> Prepared:
     """Return the query for what is due and free, by parameters `now`, `most`, `only` and `directory`."""
     query = (
         select(issuances.c.id)
@@ -298,7 +302,7 @@ def _due(*, urgent: bool, restricted: bool, of_ca: bool) -> Select[Any]:
     if of_ca:
         of_it = (lineages.c.id == issuances.c.lineage_id, lineages.c.directory_url == bindparam("directory"))
         query = query.where(exists(select(1).where(*of_it)))
-    return query
+    return Prepared(query)
 
 
 def extend_leases(tx: Connection, worker: str, ids: list[str]) -> dict[str, int]:
@@ -379,7 +383,7 @@ def _nothing_else(_: Change) -> Mapping[str, Any]:
 
 
 def _record_if(
-    tx: Connection, statement: Update, changes: Sequence[Change], asked: _Asked = _nothing_else,
+    tx: Connection, statement: Prepared, changes: Sequence[Change], asked: _Asked = _nothing_else,
     *, alone: bool | None = None,
 ) -> list[Issuance] | None:  # fmt: skip
     """Write changes by a fenced statement, each with what else it asks; None if one alone was not written."""
@@ -395,7 +399,7 @@ def _record_if(
     return None if recorded is None else [recorded]
 
 
-def _write_fenced(tx: Connection, statement: Update, changes: Sequence[Change], asked: _Asked) -> bool:
+def _write_fenced(tx: Connection, statement: Prepared, changes: Sequence[Change], asked: _Asked) -> bool:
     """Write changes of the same columns; say whether every one was still claimed as it is said to be."""
     rows = [
         {
@@ -404,7 +408,7 @@ def _write_fenced(tx: Connection, statement: Update, changes: Sequence[Change], 
         }
         for one in changes
     ]  # fmt: skip
-    return tx.execute(statement, rows).rowcount == len(rows)
+    return statement.run(tx, rows) == len(rows)
 
 
 def _same_order(one: Change) -> Mapping[str, Any]:
@@ -463,14 +467,15 @@ _ORDERED = exists(
         _other.c.attempt_at <= bindparam("soon"),
     )
 )
-_FENCED = update(issuances).where(
+_CLAIMED = update(issuances).where(
     issuances.c.id == bindparam("claimed_id"),
     issuances.c.lease_owner == bindparam("claimed_owner"),
     issuances.c.lease_token == bindparam("claimed_token"),
     issuances.c.state == bindparam("claimed_state"),
 )
-_FENCED_LINKED = _FENCED.where(policy_names(issuances.c.lineage_id))
-_FENCED_INTENT = _FENCED.where(policy_wants(issuances.c.lineage_id), not_(_ORDERED))
+_FENCED = Prepared(_CLAIMED)
+_FENCED_LINKED = Prepared(_CLAIMED.where(policy_names(issuances.c.lineage_id)))
+_FENCED_INTENT = Prepared(_CLAIMED.where(policy_wants(issuances.c.lineage_id), not_(_ORDERED)))
 
 
 def release(tx: Connection, claimed: Issuance, attempt_at: datetime, now: datetime, **values: Any) -> Issuance:
@@ -570,7 +575,7 @@ _GOES_ON = {
     "issued": "finalizing",
 }  # fmt: skip
 """What a worker of the release before leaves behind, beside which this one may be started (see migration 0008)."""
-_LEASE = update(issuances).where(among(issuances.c.id, "ids")).values(
+_LEASE = Prepared(update(issuances).where(among(issuances.c.id, "ids")).values(
     state=case(_GOES_ON, value=issuances.c.state, else_=issuances.c.state),
     lease_owner=bindparam("worker"),
     lease_token=issuances.c.lease_token + 1,
@@ -578,7 +583,7 @@ _LEASE = update(issuances).where(among(issuances.c.id, "ids")).values(
     claims=issuances.c.claims + 1,
     # A lease that nobody gave back: its worker died, or lost the database.
     crashes=issuances.c.crashes + case((issuances.c.lease_owner.is_not(None), 1), else_=0),
-).returning(*columns_of(Issuance, issuances))  # fmt: skip
+).returning(*columns_of(Issuance, issuances)))  # fmt: skip
 _HELD = (
     select(issuances.c.id)
     .where(among(issuances.c.id, "ids"), _OPEN, issuances.c.lease_owner == bindparam("worker"))

@@ -11,6 +11,7 @@ from certworker.core.certificate import Leaf, Validity
 from certworker.core.names import names_hash
 from certworker.store import audit, policies
 from certworker.store.audit import Flip
+from certworker.store.prepared import Prepared
 from certworker.store.rows import among, columns_of, insert_new_all, new_id, pages, to_value
 from certworker.store.tables import certificates, issuances, lineage_names, lineages, policy_lineages, tls_policies
 from certworker.store.types import UtcTime, UuidText
@@ -90,10 +91,12 @@ def find(tx: Connection, lineage_id: str) -> Lineage | None:
 
 def find_all(tx: Connection, ids: Sequence[str]) -> dict[str, Lineage]:
     """Return these lineages by id."""
-    return {row.id: to_value(Lineage, row) for row in tx.execute(_FIND_ALL, {"ids": ids})}
+    found = [to_value(Lineage, row) for row in _FIND_ALL.fetch(tx, ids=ids)]
+    return {one.id: one for one in found}
 
 
-_FIND_ALL = select(*columns_of(Lineage, lineages)).where(among(lineages.c.id, "ids"))
+_THESE = select(*columns_of(Lineage, lineages)).where(among(lineages.c.id, "ids"))
+_FIND_ALL = Prepared(_THESE)
 
 
 def lock(tx: Connection, lineage_id: str) -> Lineage | None:
@@ -102,16 +105,16 @@ def lock(tx: Connection, lineage_id: str) -> Lineage | None:
     return None if row is None else to_value(Lineage, row)
 
 
-_LOCK = _FIND_ALL.with_for_update()
+_LOCK = _THESE.with_for_update()
 
 
 def lock_all(tx: Connection, ids: Iterable[str]) -> dict[str, str]:
     """Lock these lineages until the commit, sorted as everybody does; return how they stand, by id."""
-    return {row[0]: row[1] for page in pages(sorted(ids)) for row in tx.execute(_LOCK_ALL, {"ids": page})}
+    return {row[0]: row[1] for page in pages(sorted(ids)) for row in _LOCK_ALL.fetch(tx, ids=page)}
 
 
 _AMONG = among(lineages.c.id, "ids")
-_LOCK_ALL = select(lineages.c.id, lineages.c.status).where(_AMONG).order_by(lineages.c.id).with_for_update()
+_LOCK_ALL = Prepared(select(lineages.c.id, lineages.c.status).where(_AMONG).order_by(lineages.c.id).with_for_update())
 
 
 def linked_ids(tx: Connection, policy_ids: Iterable[str]) -> dict[str, set[str]]:
@@ -348,7 +351,7 @@ def record_certificates(tx: Connection, news: Sequence[NewCertificate], now: dat
         _take_in(tx, new.lineage.id, new.leaf.dns_names)
     missing = left_out_among(tx, [new.lineage.id for new in several])
     rows = [_with_certificate(new, missing.get(new.lineage.id, []), now) for new in news]
-    tx.execute(_UPDATE, rows)
+    _UPDATE.run(tx, rows)
     return _copy_statuses(tx, {row["of_id"]: row["status"] for row in rows}, now)
 
 
@@ -363,7 +366,7 @@ def _with_certificate(new: NewCertificate, missing: "list[LeftOut]", now: dateti
     }  # fmt: skip
 
 
-_UPDATE = update(lineages).where(lineages.c.id == bindparam("of_id"))
+_UPDATE = Prepared(update(lineages).where(lineages.c.id == bindparam("of_id")))
 
 
 _NO_WINDOW = {"window_start": None, "window_end": None, "window_url": None, "ari_failures": 0, "ari_error": None}
@@ -488,7 +491,7 @@ def _make_due(tx: Connection, lineage_id: str, now: datetime, **values: Any) -> 
 
 def record_status(tx: Connection, lineage_id: str, status: str, now: datetime) -> None:
     """Set a lineage's status and bring the policies that want it up to date."""
-    tx.execute(_UPDATE, {"of_id": lineage_id, "status": status, "updated_at": now})
+    _UPDATE.run(tx, [{"of_id": lineage_id, "status": status, "updated_at": now}])
     audit.record_flips(tx, _copy_statuses(tx, {lineage_id: status}, now), now)
 
 
@@ -497,11 +500,11 @@ def _copy_statuses(tx: Connection, by_id: Mapping[str, str], now: datetime) -> l
     naming_them: set[str] = set()
     for status in sorted(set(by_id.values())):
         ids = sorted(lineage_id for lineage_id, its in by_id.items() if its == status)
-        naming_them.update(tx.execute(_UPDATE_LINKS, {"ids": ids, "to": status}).scalars())
+        naming_them.update(row[0] for row in _UPDATE_LINKS.fetch(tx, ids=ids, to=status))
     return policies.refresh(tx, naming_them, now).flips
 
 
-_UPDATE_LINKS = (
+_UPDATE_LINKS = Prepared(
     update(policy_lineages)
     .where(_OF_LINEAGES)
     .values(lineage_status=bindparam("to"))

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Select, Text, bindparam, delete, exists, func
 
 from certworker.store import audit
 from certworker.store.audit import Flip
+from certworker.store.prepared import Prepared
 from certworker.store.rows import among, columns_of, insert_new, new_id, pages, to_value
 from certworker.store.tables import certificates, lineages, policy_lineages, tls_policies
 
@@ -167,7 +168,7 @@ def refresh(tx: Connection, policy_ids: Iterable[str], now: datetime) -> Refresh
     """
     refreshed = Refreshed({}, [])
     for page in pages(sorted(set(policy_ids))):
-        locked = [_Standing(*row) for row in tx.execute(_LOCK_STANDINGS, {"ids": page})]
+        locked = [_Standing(*row) for row in _LOCK_STANDINGS.fetch(tx, ids=page)]
         known = _known_statuses(tx, locked)
         changed = {one.id: known[one.id] for one in locked if known.get(one.id, one.status) != one.status}
         _set_statuses(tx, changed, now)
@@ -187,7 +188,7 @@ class _Standing:
     refused_names: list[dict[str, str]] | None
 
 
-_LOCK_STANDINGS = (
+_LOCK_STANDINGS = Prepared(
     select(*columns_of(_Standing, tls_policies)).where(_AMONG).order_by(tls_policies.c.id).with_for_update()
 )
 _LACKING = text("policy_lineages.lineage_status <> 'active'")
@@ -198,7 +199,7 @@ _WORST = (
     .scalar_subquery()
 )
 _JUDGED = func.coalesce(_WORST, "active")
-_JUDGE = (
+_JUDGE = Prepared(
     update(tls_policies)
     .where(_AMONG, tls_policies.c.status != _JUDGED)
     .values(status=_JUDGED, updated_at=bindparam("now"))
@@ -216,7 +217,7 @@ def _judge(tx: Connection, ids: list[str], now: datetime) -> dict[str, str]:
     """
     if not ids:
         return {}
-    return {row[0]: row[1] for row in tx.execute(_JUDGE, {"ids": ids, "now": now})}
+    return {row[0]: row[1] for row in _JUDGE.fetch(tx, ids=ids, now=now)}
 
 
 def _set_statuses(tx: Connection, statuses: Mapping[str, str], now: datetime) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
-from sqlalchemy import Connection, Delete, Dialect, Insert, Select, Update
+from sqlalchemy import Connection, Delete, Dialect, Insert, Select, TextualSelect, Update
 from sqlalchemy.exc import DBAPIError
 
 Row = Sequence[Any]
 _Convert = Callable[[Any], Any]
-_Statement = Select[Any] | Insert | Update | Delete
+_Statement = Select[Any] | Insert | Update | Delete | TextualSelect
 
 
 class Prepared:
@@ -72,7 +72,7 @@ class _Spelled:
         values = {**self._own, **given} if self._own else given
         if self._named:
             return {name: values[name] if to is None else to(values[name]) for name, to in self._binds}
-        return [values[name] if to is None else to(values[name]) for name, to in self._binds]
+        return tuple([values[name] if to is None else to(values[name]) for name, to in self._binds])
 
     def read(self, rows: list[tuple[Any, ...]]) -> list[Row]:
         """Return rows of the driver as the types of the columns have them."""
@@ -89,6 +89,7 @@ class _Spelled:
 def _sent(tx: Connection, text: str, values: Any, *, many: bool) -> Iterator[Any]:
     connection = tx.connection.dbapi_connection
     assert connection is not None
+    assert tx.in_transaction(), "nothing has begun that could be committed"
     cursor = connection.cursor()
     for listener in tx.dispatch.before_cursor_execute:
         listener(tx, cursor, text, values, None, many)

@@ -3,18 +3,19 @@
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, bindparam
+from sqlalchemy import ColumnElement, Connection, Table, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import KeyedColumnElement
 from sqlalchemy.sql.expression import FunctionElement
 
+from certworker.store.prepared import Prepared
 from certworker.store.types import TextArray, UuidText
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def columns_of(cls: type, table: Table) -> tuple[KeyedColumnElement[Any], ...]:
     return tuple(table.c[field.name] for field in fields(cls))
 
 
-def to_value(cls: Callable[..., T], row: Row[Any]) -> T:
+def to_value(cls: Callable[..., T], row: Sequence[Any]) -> T:
     """Return the dataclass that a row of `columns_of(cls, ...)` holds."""
     return cls(*row)
 
@@ -80,16 +81,14 @@ def put_rows(tx: Connection, table: Table, rows: list[dict[str, Any]], unique: t
 
     A row that is there keeps its primary key.
     """
-    tx.execute(_insert_or_replace(table, tx.dialect.name, tuple(rows[0]), unique), rows)
+    _insert_or_replace(table, tx.dialect.name, tuple(rows[0]), unique).run(tx, rows)
 
 
 @cache
-def _insert_or_replace(
-    table: Table, dialect: str, columns: tuple[str, ...], unique: tuple[str, ...]
-) -> "postgresql.Insert | sqlite.Insert":
+def _insert_or_replace(table: Table, dialect: str, columns: tuple[str, ...], unique: tuple[str, ...]) -> Prepared:
     insert, primary = _insert(dialect)(table), [column.name for column in table.primary_key]
     taken_over = {name: insert.excluded[name] for name in columns if name not in (*primary, *unique)}
-    return insert.on_conflict_do_update(index_elements=unique or primary, set_=taken_over)
+    return Prepared(insert.on_conflict_do_update(index_elements=unique or primary, set_=taken_over))
 
 
 @cache

@@ -286,6 +286,7 @@ def test_orders_for_the_same_names_go_one_after_the_other(postgresql_db: Databas
     """The second waits for the set of names, and keeps nobody from any other bucket meanwhile."""
     db = postgresql_db
     with db.engine.connect() as first, db.engine.connect() as third:
+        first.begin()
         budget.spend(first, CA, order("a.test", limits=Limits()), ACCOUNT, NOW)
         with running(lambda: spend(db, order("a.test"))) as second:
             wait_for_waiting(db)
@@ -335,10 +336,9 @@ def test_the_reaper_waits_for_nobody(postgresql_db: Database) -> None:
     db, later = postgresql_db, NOW + timedelta(days=1)
     spend(db, order("a.test", limits=Limits()))
     spend(db, order("b.test", limits=Limits()))
-    with db.engine.connect() as tx:
+    with db.engine.connect() as tx, tx.begin():
         budget.spend(tx, CA, order("a.test", limits=Limits()), ACCOUNT, later)
         assert db.write(lambda other: budget.forget_full(other, later, 10)) == 1
-        tx.commit()
 
     assert db.read(lambda tx: tx.execute(select(rate_buckets.c.bucket)).scalars().all()) == ["runaway:a.test"]
 
