@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from .conftest import Cli
+
 NEVER = {"requests", "acme", "josepy", "alembic", "fastapi", "uvicorn", "apscheduler", "prometheus_client"}
 FOR_SOME = {
     "dns", "psycopg", "sqlalchemy.dialects.postgresql", "structlog", "rich",
@@ -29,3 +31,12 @@ def test_a_command_loads_what_it_needs(module: str, without: set[str]) -> None:
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
 
     assert not (NEVER | without) & set(loaded)
+
+
+def test_a_renew_that_finds_nothing_due_loads_no_more(cli: Cli) -> None:
+    """What comes late comes when it is needed, not with the first statement."""
+    code = "import sys; from certworker.cli.main import run; run(['renew']); print(*sys.modules)"
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+
+    assert said.startswith("0 renewed")
+    assert not (NEVER | FOR_SOME | FOR_GATEWAYS) & set(said.split())
