@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from certworker.embedded import EmbeddedNode
 
 _LOOK = 0.2
-"""Seconds between two looks at what has become of the tickets."""
+"""Seconds between two looks at what has become of the tickets ..."""
+_LOOK_AT_WORK = 0.5
+"""... and while our own crew issues, which says when nothing is left."""
 _LOOK_AT_ALL = 2.0
 """Seconds between two looks at all of them while our own crew tells of those that end."""
 _PAGE = 500
@@ -178,11 +180,15 @@ class _Wait:
                 done = self._look()
                 if done or time.monotonic() >= self._deadline:
                     break
-                self._wake.wait(_LOOK)
+                self._wake.wait(_LOOK_AT_WORK if self._is_at_work() else _LOOK)
                 self._wake.clear()
             rest = self._ask([ticket for ticket in self._tickets if ticket.issuance_id not in self._ended])
             ended = self._ended | {one.ticket.issuance_id: one for one in rest}
             return [ended[ticket.issuance_id] for ticket in self._tickets]
+
+    def _is_at_work(self) -> bool:
+        """Say whether our own crew issues: it tells what ends, and wakes us when nothing is left."""
+        return self._crew is not None and self._crew.in_flight > 0
 
     def _look(self) -> bool:
         """Note what has happened since; say whether nothing more will before the deadline."""
@@ -200,7 +206,7 @@ class _Wait:
     def _is_time_to_look_at_all(self) -> bool:
         """Say whether to ask how every ticket stands: seldom, while our own crew is at work and tells what ends."""
         now = time.monotonic()
-        if self._crew is not None and self._crew.in_flight and now < self._look_at_all_at:
+        if self._is_at_work() and now < self._look_at_all_at:
             return False
         self._look_at_all_at = now + _LOOK_AT_ALL
         return True
