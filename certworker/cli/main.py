@@ -9,7 +9,6 @@ import gc
 import signal
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
@@ -68,7 +67,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("certworker"), prog_name="certworker")
+@click.version_option(package_name="certworker", prog_name="certworker")
 @click.option(
     "--config",
     "config_file",
