@@ -164,12 +164,11 @@ def _add(tx: Connection, by_hash: dict[str, list[str]], issuer: Issuer, now: dat
     listed = [
         {"dns_name": name, "lineage_id": row["id"]} for row in rows if row["id"] in added for name in row["dns_names"]
     ]
-    if listed:
-        tx.execute(_ADD_NAMES, listed)
+    _ADD_NAMES.run(tx, listed)
     return there
 
 
-_ADD_NAMES = insert(lineage_names)
+_ADD_NAMES = Prepared(insert(lineage_names))
 
 
 def naming(tx: Connection, dns_name: str) -> list[Lineage]:
@@ -214,16 +213,14 @@ def link(tx: Connection, wanted: Mapping[str, Iterable[str]]) -> set[str]:
     statuses = lock_all(tx, {lineage_id for _, lineage_id in fresh})
     if gone:
         tx.execute(_UNLINK, [{"policy": policy_id, "lineage": lineage_id} for policy_id, lineage_id in gone])
-    if fresh:
-        rows = [
-            {"policy_id": policy_id, "lineage_id": lineage_id, "lineage_status": statuses[lineage_id]}
-            for policy_id, lineage_id in fresh
-        ]
-        tx.execute(_LINK, rows)
+    _LINK.run(tx, [
+        {"policy_id": policy_id, "lineage_id": lineage_id, "lineage_status": statuses[lineage_id]}
+        for policy_id, lineage_id in fresh
+    ])  # fmt: skip
     return {lineage_id for _, lineage_id in gone + fresh}
 
 
-_LINK = insert(policy_lineages)
+_LINK = Prepared(insert(policy_lineages))
 _UNLINK = delete(policy_lineages).where(
     policy_lineages.c.policy_id == bindparam("policy"), policy_lineages.c.lineage_id == bindparam("lineage")
 )

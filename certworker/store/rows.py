@@ -64,7 +64,7 @@ def insert_new(tx: Connection, table: Table, **values: Any) -> bool:
 
 def insert_new_all(tx: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
     """The same for many rows at once, without saying which were inserted."""
-    tx.execute(_insert(tx.dialect.name)(table).on_conflict_do_nothing(), rows)
+    _insert_unless_there(table, tx.dialect.name).run(tx, rows)
 
 
 def put_row(tx: Connection, table: Table, **values: Any) -> None:
@@ -82,6 +82,11 @@ def put_rows(tx: Connection, table: Table, rows: list[dict[str, Any]], unique: t
     A row that is there keeps its primary key.
     """
     _insert_or_replace(table, tx.dialect.name, tuple(rows[0]), unique).run(tx, rows)
+
+
+@cache
+def _insert_unless_there(table: Table, dialect: str) -> Prepared:
+    return Prepared(_insert(dialect)(table).on_conflict_do_nothing())
 
 
 @cache
