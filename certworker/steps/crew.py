@@ -84,6 +84,8 @@ class Crew:
         self._by_token: dict[str, Session] = {}
         self._claim_at: datetime | None = None
         """When the database is asked for work again; None: now."""
+        self._gate_at = bench.clock()
+        """When the breaker of the CA is read again, at the earliest."""
         self._plenty = False
         """The last time there was more to do than room for it."""
         self._claiming = False
@@ -241,8 +243,7 @@ class Crew:
         claim_at, taken = now + self._poll * (0.8 + 0.4 * self._bench.draw()), dict[str, Session]()
         plenty = False
         try:
-            if self._is_claim_due(now):
-                self._bench.gate.refresh()
+            self._ask_gate(now)
             room = self._admitted(room)
             if room > 0:
                 self._take(now, room, taken)
@@ -272,6 +273,12 @@ class Crew:
         self._waiting.put(session)
         if self._watched is not None and until(session) < self._watched:
             self._watch.notify()
+
+    def _ask_gate(self, now: datetime) -> None:
+        """See what other workers know of the CA; several times a second at most, however fast it issues."""
+        if self._claim_at is None or now >= self._gate_at:
+            self._gate_at = now + _GATHER
+            self._bench.gate.refresh()
 
     def _admitted(self, room: int) -> int:
         """Return how many may be claimed: fewer than there is room for while the CA is in trouble."""
@@ -448,10 +455,8 @@ class Crew:
     def _may_claim(self, now: datetime) -> bool:
         if not self._has_room():
             return False
-        return self._is_claim_due(now) or (self._plenty and self._room() * _AT_ONCE >= self._concurrency)
-
-    def _is_claim_due(self, now: datetime) -> bool:
-        return self._claim_at is None or self._claim_at <= now
+        due = self._claim_at is None or self._claim_at <= now
+        return due or (self._plenty and self._room() * _AT_ONCE >= self._concurrency)
 
     def _has_room(self) -> bool:
         return self._room() > 0 and not self._claiming and not self._stopping.is_set() and self._may_order()

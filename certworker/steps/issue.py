@@ -223,9 +223,10 @@ def _why_not(tx: Connection, intent: _Intent, intended: Change) -> Issuance | _N
     """Say why an order was not written; one that nobody wants any more is closed before it costs anything."""
     if not lineages.is_wanted(tx, intent.lineage_id):
         return cancel(tx, intent.session, intent.now)
-    if issuances.is_ordered(tx, intended):
-        return _Not.SAME_NAMES
-    raise issuances.lease_lost(intent.session.issuance)
+    claimed = intent.session.issuance
+    if issuances.is_ordered(tx, intended) or issuances.is_claimed(tx, claimed):
+        return _Not.SAME_NAMES  # if only until this moment
+    raise issuances.lease_lost(claimed)
 
 
 _INTEND = Kind(Turn.INTEND, _intend)
@@ -272,7 +273,12 @@ def _intend_finalizing(tx: Connection, asked: Sequence[tuple[Session, datetime]]
         for session, now in asked
     ]
     intended = issuances.record_linked(tx, changes)
-    return intended or [cancel_unlinked(tx, *asked[0])]
+    if intended is not None:
+        return intended
+    ((session, now),) = asked
+    if lineages.is_linked(tx, session.lineage.id):
+        return issuances.record_all(tx, changes)  # linked again in this very moment; or its lease is lost, it says then
+    return [cancel(tx, session, now)]
 
 
 _FINALIZE = Kind(Turn.FINALIZE, _intend_finalizing)

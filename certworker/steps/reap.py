@@ -64,6 +64,7 @@ def reap(db: Database, clock: Clock, page: int = 500) -> Reaped:
     def the_rest(tx: Connection) -> Reaped:
         now = clock()
         workers.bury(tx)
+        issuances.close_ended(tx, now)
         return Reaped(
             abandoned=issuances.cancel_abandoned(tx, now - ABANDONED, now),
             tokens=challenges.withdraw_stale(tx, now - TOKENS),

@@ -431,6 +431,13 @@ def record(tx: Connection, claimed: Issuance, now: datetime, **values: Any) -> I
     return record_all(tx, [change(claimed, now, **values)])[0]
 
 
+def is_claimed(tx: Connection, claimed: Issuance) -> bool:
+    """Say whether the claim still stands, and nothing was written since."""
+    found = find(tx, claimed.id)
+    fence = (claimed.lease_owner, claimed.lease_token, claimed.state)
+    return found is not None and (found.lease_owner, found.lease_token, found.state) == fence
+
+
 def find_recorded(tx: Connection, claimed: Issuance, state: str) -> Issuance | None:
     """Return the issuance if this very claim has written `state` before: the answer to that COMMIT was lost."""
     found = find(tx, claimed.id)
@@ -497,6 +504,12 @@ def cancel_unclaimed(tx: Connection, lineage_id: str, now: datetime) -> bool:
         .values(state=State.CANCELLED, state_at=now, closed_at=now)
     )
     return tx.execute(cancelled).rowcount == 1
+
+
+def close_ended(tx: Connection, now: datetime) -> int:
+    """Close what another program has given a state that ends it, and nothing else; return how many."""
+    ended = update(issuances).where(_OPEN, issuances.c.state.in_(sorted(CLOSED)))
+    return tx.execute(ended.values(closed_at=now, lease_owner=None, lease_until=None)).rowcount
 
 
 def cancel_abandoned(tx: Connection, untouched_since: datetime, now: datetime, limit: int = 500) -> int:

@@ -209,8 +209,9 @@ def link(tx: Connection, wanted: Mapping[str, Iterable[str]]) -> set[str]:
     shall = {policy_id: set(lineage_ids) for policy_id, lineage_ids in wanted.items()}
     gone = [(one, lineage_id) for one, linked in current.items() for lineage_id in sorted(linked - shall[one])]
     fresh = [(one, lineage_id) for one, ids in shall.items() for lineage_id in sorted(ids - current[one])]
-    # Locked: a status that changes meanwhile would be copied as it was, and stay so.
-    statuses = lock_all(tx, {lineage_id for _, lineage_id in fresh})
+    # Locked: a status that changes meanwhile would be copied as it was, and stay so. What is gone too: who lets
+    # certificates serve writes all links of their lineages at once.
+    statuses = lock_all(tx, {lineage_id for _, lineage_id in gone + fresh})
     if gone:
         tx.execute(_UNLINK, [{"policy": policy_id, "lineage": lineage_id} for policy_id, lineage_id in gone])
     _LINK.run(tx, [

@@ -35,7 +35,9 @@ class Prepared:
         if not rows:
             return 0
         spelled = self._spell(tx.dialect, rows[0])
-        with _sent(tx, spelled.text, [spelled.bind(row) for row in rows], many=True) as cursor:
+        # One is no pipeline: psycopg might be stopped in the middle of it, where PostgreSQL does not end what is idle.
+        many, values = len(rows) > 1, [spelled.bind(row) for row in rows]
+        with _sent(tx, spelled.text, values if many else values[0], many=many) as cursor:
             changed: int = cursor.rowcount
             return changed
 

@@ -11,11 +11,13 @@ import pytest
 from sqlalchemy import Connection, select, update
 
 from certworker.ca.transport import Response
+from certworker.core import breaker
+from certworker.core.breaker import Breaker
 from certworker.core.issuance import State
 from certworker.errors import StoreError
 from certworker.steps.crew import Crew
 from certworker.steps.session import Session
-from certworker.store import issuances
+from certworker.store import breakers, issuances
 from certworker.store.database import Database
 from certworker.store.tables import issuances as table
 
@@ -101,6 +103,22 @@ def test_two_crews_share_the_work(world: World) -> None:
 
     assert len(world.ca.issued) == 30
     assert world.rows("SELECT max(claims) FROM issuances") == [(1,)]
+
+
+def test_a_busy_crew_hears_of_the_cas_trouble(world: World) -> None:
+    """Another worker has met it: however much there is to do, soon nothing more is claimed."""
+    real_time(world)
+    world.add_policy(*(f"n{number}.test" for number in range(400)))
+    world.take_over()
+    closed = Breaker(state=breaker.State.PAUSED, hold_until=world.clock() + timedelta(days=1))
+
+    with working(world, concurrency=4) as crew:
+        until(lambda: "done" in states(world))
+        world.db.write(lambda tx: breakers.lock(tx, world.ca.directory_url))
+        world.db.write(lambda tx: breakers.put(tx, world.ca.directory_url, closed))
+        until(lambda: crew.in_flight == 0)
+
+    assert states(world).count("queued") > 0
 
 
 def test_waiting_holds_no_thread(world: World) -> None:

@@ -55,6 +55,20 @@ def test_a_worker_s_row_is_judged_by_the_database_s_time(world: World) -> None:
     assert [worker.id for worker in world.db.read(workers.alive)] == [world.worker]
 
 
+def test_what_another_program_has_ended_is_closed(world: World) -> None:
+    """It said so in one column only: without the other the name would never be issued for again."""
+    world.add_policy("a.test")
+    world.take_over()
+    world.execute("UPDATE issuances SET state = 'failed'")
+    queue = lambda: world.db.write(lambda tx: issuances.queue(tx, world.lineage("a.test").id, "forced", world.clock()))  # noqa: E731
+    assert queue() is None
+
+    reap(world.db, world.clock)
+
+    assert world.rows("SELECT count(*) FROM issuances WHERE closed_at IS NOT NULL") == [(1,)]
+    assert queue() is not None
+
+
 # -- what it costs --------------------------------------------------------------------------------------
 
 

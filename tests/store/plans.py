@@ -1,10 +1,11 @@
 """How the database goes about a query."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, event, text
 
 from certworker.store.database import Database
 
@@ -45,3 +46,13 @@ def statements(db: Database) -> Iterator[list[str]]:
     event.listen(db.engine, "before_cursor_execute", note)
     yield sent
     event.remove(db.engine, "before_cursor_execute", note)
+
+
+def wait_for_waiting(db: Database) -> None:
+    """Return when a transaction waits for another one's lock."""
+    query = text("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
+    for _ in range(1000):
+        if db.read(lambda tx: tx.execute(query).first()):
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("nobody waits")

@@ -26,7 +26,7 @@ from certworker.store.database import Database
 from certworker.store.tables import rate_buckets
 
 from .conftest import NOW
-from .plans import explain
+from .plans import explain, wait_for_waiting
 
 CA, OTHER_CA = "https://ca.test/dir", "https://other.test/dir"
 ACCOUNT, OTHER_ACCOUNT = "66666666-6666-4666-8666-666666666666", "77777777-7777-4777-8777-777777777777"
@@ -214,16 +214,6 @@ def running(work: Callable[[], Any]) -> Iterator[Future[Any]]:
     """Run `work` in a thread meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         yield thread.submit(work)
-
-
-def wait_for_waiting(db: Database) -> None:
-    """Return when a transaction waits for another one's lock."""
-    query = text("SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
-    for _ in range(1000):
-        if db.read(lambda tx: tx.execute(query).first()):
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("nobody waits")
 
 
 def test_two_at_once_spend_no_token_twice(db: Database, twin: Database) -> None:

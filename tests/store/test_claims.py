@@ -514,3 +514,16 @@ def test_what_a_worker_of_the_release_before_left_goes_on(db: Database) -> None:
 
     assert (held.state, held.is_open) == (State.VALIDATING, True)
     assert db.write(lambda tx: issuances.record(tx, held, NOW, state=State.FINALIZING)).state == State.FINALIZING
+
+
+def test_a_claim_stands_until_something_is_written(db: Database) -> None:
+    """Its owner, its token and its state are what every write names."""
+    queue_some(db, 1)
+    (claimed,) = claim(db)
+    stands = lambda one: db.read(lambda tx: issuances.is_claimed(tx, one))  # noqa: E731
+    assert stands(claimed)
+
+    moved = db.write(lambda tx: issuances.release(tx, claimed, NOW, NOW))
+
+    assert not stands(claimed)
+    assert stands(moved)

@@ -80,18 +80,20 @@ def test_the_text_depends_on_what_is_given(db: Database) -> None:
     assert [[*one] for one in db.read(lambda tx: _FIND.fetch(tx, wanted="b"))] == [["1%"]]
 
 
-def test_who_listens_hears_of_it(db: Database) -> None:
+@pytest.mark.parametrize("many", [False, True])
+def test_who_listens_hears_of_it(db: Database, many: bool) -> None:
     """As of any statement: how counts and plans are taken."""
+    rows = [{"key": key, "value": "1"} for key in ("ab" if many else "a")]
     heard: list[tuple[str, bool]] = []
 
     def note(_connection: Connection, _cursor: Any, statement: str, _values: Any, _context: Any, many: bool) -> None:
         heard.append((statement.split()[0], many))
 
     event.listen(db.engine, "before_cursor_execute", note)
-    db.write(lambda tx: (_ADD.run(tx, [{"key": "a", "value": "1"}]), _FIND.fetch(tx, wanted="a")))
+    db.write(lambda tx: (_ADD.run(tx, rows), _FIND.fetch(tx, wanted="a")))
     event.remove(db.engine, "before_cursor_execute", note)
 
-    assert [one for one in heard if one[0] != "BEGIN"] == [("INSERT", True), ("SELECT", False)]
+    assert [one for one in heard if one[0] != "BEGIN"] == [("INSERT", many), ("SELECT", False)]
 
 
 def test_what_the_database_refuses_says_why(db: Database) -> None:

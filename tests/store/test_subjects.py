@@ -42,7 +42,7 @@ from certworker.store.versions import Version
 
 from .conftest import ISSUER, NOW, add_lineage
 from .given import ACCOUNT, CERTIFICATE, INSERTS, LISTENER, POLICY, POOL, ROUTE, TARGET, VERSION, Program
-from .plans import explain, statements
+from .plans import explain, statements, wait_for_waiting
 
 DAY = timedelta(days=1)
 PLAIN = Sealer(None, sealing=False)
@@ -916,3 +916,25 @@ def test_two_rows_can_trade_what_is_unique(db: Database) -> None:
     left = db.read(gateway.export)
     assert {row["id"]: row["name"] for row in left["upstream_pools"]} == {POOL: "b", ROUTE: "a"}
     assert {row["id"]: row["port"] for row in left["listeners"]} == {LISTENER: 81, TARGET: 82, POLICY: 83}
+
+
+def test_a_policy_that_loses_names_waits_for_their_activation(postgresql_db: Database) -> None:
+    """Both write links of several lineages, one in whatever order the table has them: the later one waits."""
+    db = postgresql_db
+    policy_id = db.write(lambda tx: policies.add(tx, ["a.test", "b.test"], NOW))
+
+    def link(tx: Connection, names: list[str]) -> None:
+        lineages.link(tx, {policy_id: [add_lineage(tx, [name]) for name in names]})
+
+    db.write(lambda tx: link(tx, ["a.test", "b.test"]))
+    ids = db.read(lambda tx: tx.execute(select(lineage_rows.c.id)).scalars().all())
+    with db.engine.connect() as serving, serving.begin(), ThreadPoolExecutor(1) as thread:
+        lineages.lock_all(serving, ids)
+        losing = thread.submit(db.write, lambda tx: link(tx, []))
+        wait_for_waiting(db)
+        serving.execute(update(policy_lineages).values(lineage_status="active"))
+        assert not losing.done()
+        serving.commit()
+        losing.result(10)
+
+    assert db.read(lambda tx: tx.execute(select(policy_lineages)).all()) == []
