@@ -6,15 +6,16 @@ work itself (docs/performance.md). On one core they are as quick as one thread; 
 """
 
 import os
+import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 _STAT = Path("/proc/stat")
 _WORTH = 0.3
-"""Another core has to be idler by this part of the time, or the threads stay where they are."""
+"""A core has to be idler by this part of the time, or it is as good as another one."""
 _TICKS = 100
 """A second in /proc/stat (USER_HZ)."""
 
@@ -25,14 +26,16 @@ class Core:
     Linux only; where threads cannot be bound, or there is one core, nothing is done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pick: Callable[[Sequence[int]], int] = random.choice) -> None:
+        """`pick` one of several cores that are as good: workers that start together must not all take the same."""
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set[int]()
+        self._pick = pick
         self._chosen: int | None = None
-        self._idle: dict[int, float] = {}
+        self._idle = _idle_seconds()
         """Seconds that each core had been idle when it was last looked."""
-        self._used = 0.0
+        self._used = time.process_time()
         """Seconds of CPU that this process had used by then."""
-        self._looked_at = 0.0
+        self._looked_at = time.monotonic()
 
     def gather(self, threads: Iterable[threading.Thread]) -> None:
         """Let these threads, and those that they start, run on the core that others use least."""
@@ -46,12 +49,13 @@ class Core:
 
     def _choose(self) -> int:
         idle, used, now = _idle_seconds(), time.process_time(), time.monotonic()
-        spans = {core: idle.get(core, 0.0) - self._idle.get(core, 0.0) for core in self._cores}
+        spans = {core: idle.get(core, 0.0) - self._idle.get(core, 0.0) for core in sorted(self._cores)}
         if self._chosen is not None:
-            # What we ran there ourselves would be free for us again.
-            spans[self._chosen] += used - self._used + _WORTH * (now - self._looked_at)
+            spans[self._chosen] += used - self._used  # what we ran there ourselves would be free for us again
+        enough = max(spans.values()) - _WORTH * (now - self._looked_at)
         self._idle, self._used, self._looked_at = idle, used, now
-        return max(sorted(self._cores), key=lambda core: spans[core])
+        good = [core for core, span in spans.items() if span >= enough]
+        return self._chosen if self._chosen in good else self._pick(good)
 
 
 def _idle_seconds() -> dict[int, float]:

@@ -70,6 +70,19 @@ def test_it_moves_when_others_need_the_core(thread: threading.Thread, stat: Path
     assert list(bound.values()) == [{0}]
 
 
+@pytest.mark.parametrize("choice", [0, 1])
+def test_workers_that_start_together_spread(
+    thread: threading.Thread, stat: Path, bound: dict[int, set[int]], choice: int
+) -> None:
+    """Of cores that are as idle each takes its own, and stays there."""
+    idle(stat, 500.0, 500.0)
+    core = Core(lambda good: good[choice])
+    core.gather([thread])
+    core.gather([thread])
+
+    assert list(bound.values()) == [{choice}]
+
+
 def test_what_cannot_be_read_or_bound_is_left_alone(
     thread: threading.Thread, stat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

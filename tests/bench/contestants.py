@@ -95,11 +95,14 @@ def certworker(task: Task, *command: str, workers: int = 1, until_active: bool =
     app.close()
     argv = [sys.executable, "-m", *command]
     done = partial(_all_active, app.settings.database_url, len(task.names)) if until_active else None
-    return Job(_together(argv, workers), lambda: _kept_by_certworker(environ), environ, is_done=done)
+    return Job(_together(argv, workers, task.ca.http_port), lambda: _kept_by_certworker(environ), environ, is_done=done)
 
 
-def _together(argv: Sequence[str], workers: int) -> Sequence[str]:
-    """Return a command that runs it so often; the CA's looks reach the first, whose responder answers for all."""
+def _together(argv: Sequence[str], workers: int, http_port: int) -> Sequence[str]:
+    """Return a command that runs it so often; the CA's looks reach the first, whose responder answers for all.
+
+    So the others begin when that listens, as proxies do that are there before any worker.
+    """
     if workers == 1:
         return argv
     command, ports = shlex.join(argv), free_ports(2 * workers)
@@ -110,7 +113,8 @@ def _together(argv: Sequence[str], workers: int) -> Sequence[str]:
     ]
     folders = " ".join(f"data-{n}" for n in range(1, workers))
     # The shell outlives the SIGTERM that all of them get, so that what they have used is counted.
-    return ["bash", "-c", " ".join([f"trap : TERM; mkdir {folders};", *others, command, "& wait; wait"])]
+    listens = f"until : < /dev/tcp/127.0.0.1/{http_port}; do sleep 0.02; done 2> /dev/null;"
+    return ["bash", "-c", " ".join([f"trap : TERM; mkdir {folders};", command, "&", listens, *others, "wait; wait"])]
 
 
 def add_policies(app: wiring.App, names: Sequence[str]) -> None:
