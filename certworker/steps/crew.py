@@ -171,7 +171,8 @@ class Crew:
                 self._wait_for(session)
 
     def _after_fetch(self, session: Session) -> datetime:
-        return min(until(session), self._bench.clock() + self._bench.paces.verdict.wait(0))
+        session.first_wait = self._bench.paces.verdict.wait(0)
+        return min(until(session), self._bench.clock() + session.first_wait)
 
     def answer(self, token: str) -> str | None:
         """Return the key authorization of a token that is being proved here; asks nobody, and waits for nobody."""

@@ -261,7 +261,7 @@ def _look(bench: Bench, session: Session) -> None:
 
 def _intend_finalize(bench: Bench, session: Session) -> None:
     if session.fetched:
-        bench.paces.verdict.learn(session.looks)
+        bench.paces.verdict.learn(session.looks, session.first_wait)
     session.looks, session.fetched, session.authorizations = 0, False, None
     session.issuance = bench.journal.write(_FINALIZE, (session, bench.clock()))
 
@@ -301,7 +301,7 @@ def _download(bench: Bench, session: Session) -> None:
     if url is None:
         raise AnswerFault(session.order.url, "the order is valid but names no certificate")
     if session.looks:
-        bench.paces.certificate.learn(session.looks)
+        bench.paces.certificate.learn(session.looks, session.first_wait)
     text, now = bench.client.fetch_chain(account_of(bench, session), url), bench.clock()
     try:
         chain = _check(bench, session, text, now)

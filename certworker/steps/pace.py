@@ -12,6 +12,8 @@ from certworker.core.issuance import Patience, wait_for
 
 _SOONER, _LATER = 0.97, 1.25
 """What becomes of the first wait after a look that was in time, or too soon: about one in nine is too soon then."""
+_AT_ONCE = 0.8
+"""To so much of it the first wait falls at most by what was in time after it."""
 _FIRST = timedelta(milliseconds=40)
 _LEAST, _MOST = timedelta(milliseconds=5), timedelta(seconds=4)
 
@@ -26,10 +28,17 @@ class Pace:
         """Return how long to wait after so many looks that were too soon."""
         return wait_for(None, looks, Patience(first=self._first, growth=2.0))
 
-    def learn(self, looks: int) -> None:
-        """Note how many looks it took until the work was done."""
-        factor = _SOONER if looks <= 1 else _LATER
-        self._first = min(max(self._first * factor, _LEAST), _MOST)
+    def learn(self, looks: int, waited: timedelta) -> None:
+        """Note how many looks it took until the work was done, the first of them after having `waited`.
+
+        Of hundreds that waited as long at the same time, none knew what the others found: together they are one
+        step away from there, or a CA that is busy for a moment would be waited for until `_MOST`.
+        """
+        if looks <= 1:
+            first = min(self._first, max(self._first * _SOONER, waited * _AT_ONCE))
+        else:
+            first = max(self._first, waited * _LATER)
+        self._first = min(max(first, _LEAST), _MOST)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Shared by `issue`, which moves it forward, `trouble`, which says what a failure 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import IntEnum, auto
 
 from sqlalchemy import Connection
@@ -69,6 +69,8 @@ class Session:
     """Its order was intended in this session, so that it was asked a moment ago whether anybody wants it."""
     looks: int = 0
     """How often it was looked whether the CA is done with what it is at, since it showed that it is at it."""
+    first_wait: timedelta = timedelta()
+    """How long it was waited before the first of these looks."""
     answers: Mapping[str, str] = field(default_factory=dict)
     """What the CA fetches while this issuance is proved: key authorizations by token, committed."""
     expected: tuple[str, ...] = ()

@@ -170,6 +170,8 @@ def await_ca(bench: Bench, session: Session) -> None:
         fail(bench, session, Failure(ErrorClass.TRANSIENT, "certworker:order-expired", detail, hint))
         return
     wait = _next_look(bench, session, retry_after)
+    if not session.looks:
+        session.first_wait = wait
     session.wait_until = now + (wait if now - session.issuance.state_at < POLLING else max(wait, REST))
     session.order = None
 

@@ -12,11 +12,11 @@ def settle(done_after: timedelta, rounds: int = 400) -> tuple[Pace, float]:
     """Ask a CA that always takes so long; return what was learnt, and the looks per round of the second half."""
     pace, looked = Pace(), []
     for _ in range(rounds):
-        waited, looks = timedelta(), 0
+        waited, looks, first = timedelta(), 0, pace.wait(0)
         while waited < done_after:
             waited += pace.wait(looks)
             looks += 1
-        pace.learn(looks)
+        pace.learn(looks, first)
         looked.append(looks)
     return pace, sum(looked[rounds // 2 :]) / (rounds // 2)
 
@@ -44,6 +44,19 @@ def test_it_never_asks_without_a_wait_nor_waits_for_ever() -> None:
 
     assert quick.wait(0) == 5 * MILLISECOND
     assert slow.wait(0) == timedelta(seconds=4)
+
+
+def test_many_that_looked_too_soon_together_are_one_step() -> None:
+    """They had all waited as long: what the first of them found is what all did."""
+    pace = Pace()
+    first = pace.wait(0)
+    for _ in range(256):
+        pace.learn(2, first)
+    assert pace.wait(0) == first * 1.25
+
+    for _ in range(256):
+        pace.learn(1, first * 1.25)
+    assert pace.wait(0) == first
 
 
 def test_looks_that_are_too_soon_are_farther_apart() -> None:
