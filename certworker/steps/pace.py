@@ -12,7 +12,7 @@ from certworker.core.issuance import Patience, wait_for
 
 _SOONER, _LATER = 0.97, 1.25
 """What becomes of the first wait after a look that was in time, or too soon: about one in nine is too soon then."""
-_AT_ONCE = 0.8
+_AT_ONCE = 0.5
 """To so much of it the first wait falls at most by what was in time after it."""
 _FIRST = timedelta(milliseconds=40)
 _LEAST, _MOST = timedelta(milliseconds=5), timedelta(seconds=4)

@@ -56,7 +56,7 @@ def test_many_that_looked_too_soon_together_are_one_step() -> None:
 
     for _ in range(256):
         pace.learn(1, first * 1.25)
-    assert pace.wait(0) == first
+    assert pace.wait(0) == first * 1.25 / 2
 
 
 def test_looks_that_are_too_soon_are_farther_apart() -> None:
