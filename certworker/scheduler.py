@@ -91,10 +91,16 @@ class Timetable:
         if self._scheduler.running:
             self._scheduler.shutdown(wait=True)
 
-    def run_soon(self, name: str) -> None:
-        """Run a job as soon as a thread is free, without waiting for its time; not while stopping."""
+    def run_soon(self, name: str, within: timedelta = timedelta(0)) -> None:
+        """Run a job `within` this at most, without waiting for its time, however often it is asked for meanwhile.
+
+        Not while stopping.
+        """
+        at = datetime.now(UTC) + within
         with suppress(JobLookupError):  # it is ending, and forgets its jobs before the last of them is done
-            self._scheduler.modify_job(name, next_run_time=datetime.now(UTC))
+            job = self._scheduler.get_job(name)
+            if job is not None and job.next_run_time > at:
+                job.modify(next_run_time=at)
 
     def _note(self, event: JobEvent) -> None:
         if event.code == EVENT_JOB_ERROR:

@@ -46,6 +46,8 @@ _EXPIRE = timedelta(seconds=30)
 _LOOK = timedelta(seconds=2)
 """How often the notes of changed rows are read: an empty look is one index probe."""
 _ARI = timedelta(seconds=10)
+_ARI_GATHER = timedelta(seconds=0.5)
+"""So soon after an issuance the CA is asked when it wants it renewed, with what else was issued meanwhile."""
 _GATE = timedelta(seconds=2)
 """How often a worker that claims nothing hears what the others know of the CA, and whether it is due to be tried."""
 _TOLD_POLL = timedelta(seconds=5)
@@ -301,7 +303,7 @@ class Service:
         else:
             _log.info(f"issuance.{row.state}", extra=fields)
         if row.state == State.DONE:
-            self._timetable.run_soon("refresh_ari")
+            self._timetable.run_soon("refresh_ari", within=_ARI_GATHER)
             self._wake_nodes()
         if self._moved_hook is not None:
             self._moved_hook(session)

@@ -206,11 +206,10 @@ def tree(root: int) -> Iterator[int]:
     while todo:
         pid = todo.pop()
         yield pid
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            try:
-                todo += map(int, children.read_text().split())
-            except OSError:
-                continue
+        with suppress(OSError):  # it has ended
+            for thread in list(Path(f"/proc/{pid}/task").iterdir()):
+                with suppress(OSError):
+                    todo += map(int, (thread / "children").read_text().split())
 
 
 def resident(pid: int) -> int:
