@@ -12,7 +12,7 @@ not while the database cannot be written.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 
@@ -89,6 +89,8 @@ class Crew:
         self._plenty = False
         """The last time there was more to do than room for it."""
         self._claiming = False
+        self._poked = False
+        """Something was queued since the claim under way has begun, which may not have seen it."""
         self._stopping = threading.Event()
         self._cut = threading.Event()
         """Set when nothing more is seen through."""
@@ -147,7 +149,7 @@ class Crew:
     def poke(self) -> None:
         """Ask the database for work now: something was queued."""
         with self._lock:
-            self._claim_at = None
+            self._claim_at, self._poked = None, True
             self._watch.notify()
 
     def realign(self) -> None:
@@ -214,7 +216,7 @@ class Crew:
             if not self._may_claim(now):
                 self._await_work(now)
                 return None
-            self._claiming = True
+            self._claiming, self._poked = True, False
             self._call_another()
             room = self._room()
         self._claim(now, room)
@@ -257,7 +259,8 @@ class Crew:
             raise
         finally:
             with self._lock:
-                self._claiming, self._plenty, self._claim_at = False, plenty, claim_at
+                self._claiming, self._plenty = False, plenty
+                self._claim_at = None if self._poked else claim_at
                 for session in taken.values():
                     self._hold(session)
                 self._watch.notify()
@@ -428,7 +431,8 @@ class Crew:
         """
         with self._lock:
             sessions = self._in_hand()
-        kept = self._extend(self._reserved, sessions)
+        kept = self._extend(self._reserved, sessions, waits=False)
+        kept |= self._held([session for session in sessions if session.issuance.id not in kept])
         with self._lock:
             waiting = [session for session in sessions if session in self._waiting and not session.unsure]
             lost = [session for session in waiting if session.issuance.id not in kept]
@@ -438,14 +442,21 @@ class Crew:
         for session in lost:
             _log.warning("issuance.lease_lost", extra={"issuance": session.issuance.id})
 
-    def _extend(self, db: Database, sessions: list[Session]) -> set[str]:
-        """Extend the leases of these sessions; return the ids of those that are still ours."""
+    def _extend(self, db: Database, sessions: list[Session], *, waits: bool = True) -> set[str]:
+        """Extend the leases of these sessions; return the ids of those for which that was done."""
         asked_at, ids = time.monotonic(), [session.issuance.id for session in sessions]
-        held = db.write(lambda tx: issuances.extend_leases(tx, self._worker_id, ids))
-        ours = [session for session in sessions if held.get(session.issuance.id) == session.issuance.lease_token]
+        ours = _ours(sessions, db.write(lambda tx: issuances.extend_leases(tx, self._worker_id, ids, waits=waits)))
         for session in ours:
             session.kept_at = asked_at
         return {session.issuance.id for session in ours}
+
+    def _held(self, sessions: list[Session]) -> set[str]:
+        """Return the ids of those sessions whose leases are ours, though they were not extended now."""
+        if not sessions:
+            return set()
+        ids = [session.issuance.id for session in sessions]
+        tokens = self._reserved.read(lambda tx: issuances.held(tx, self._worker_id, ids))
+        return {session.issuance.id for session in _ours(sessions, tokens)}
 
     def _goes_on(self, session: Session) -> bool:
         """Say whether a session is moved: while stopping, only what the CA is validating."""
@@ -478,6 +489,11 @@ class Crew:
 
     def _validating(self) -> bool:
         return any(map(_is_validating, self._in_hand()))
+
+
+def _ours(sessions: Iterable[Session], tokens: Mapping[str, int]) -> list[Session]:
+    """Return the sessions whose fencing tokens are still these, by issuance id."""
+    return [session for session in sessions if tokens.get(session.issuance.id) == session.issuance.lease_token]
 
 
 def _is_suspect(session: Session) -> bool:

@@ -29,6 +29,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from certworker.core.issuance import CLOSED, State
 from certworker.errors import LeaseLost
@@ -305,9 +306,18 @@ def _due(*, urgent: bool, restricted: bool, of_ca: bool) -> Prepared:
     return Prepared(query)
 
 
-def extend_leases(tx: Connection, worker: str, ids: list[str]) -> dict[str, int]:
-    """Keep those of `ids` that `worker` still holds for another LEASE; return their fencing tokens by id."""
-    return {row[0]: row[1] for row in tx.execute(_EXTEND, {"ids": ids, "worker": worker})}
+def extend_leases(tx: Connection, worker: str, ids: list[str], *, waits: bool = True) -> dict[str, int]:
+    """Keep those of `ids` that `worker` still holds for another LEASE; return their fencing tokens by id.
+
+    Who does not wait leaves out what somebody is writing at this moment: its own worker, mostly, whose transaction may
+    want a row next that was extended before. `held` says whether it is still held.
+    """
+    return {row[0]: row[1] for row in tx.execute(_EXTEND if waits else _EXTEND_FREE, {"ids": ids, "worker": worker})}
+
+
+def held(tx: Connection, worker: str, ids: list[str]) -> dict[str, int]:
+    """Return the fencing tokens of those of `ids` that `worker` holds, by id."""
+    return {row[0]: row[1] for row in tx.execute(_HELD_TOKENS, {"ids": ids, "worker": worker})}
 
 
 def free_leases(tx: Connection, worker: str) -> None:
@@ -597,15 +607,15 @@ _LEASE = Prepared(update(issuances).where(among(issuances.c.id, "ids")).values(
     # A lease that nobody gave back: its worker died, or lost the database.
     crashes=issuances.c.crashes + case((issuances.c.lease_owner.is_not(None), 1), else_=0),
 ).returning(*columns_of(Issuance, issuances)))  # fmt: skip
-_HELD = (
-    select(issuances.c.id)
-    .where(among(issuances.c.id, "ids"), _OPEN, issuances.c.lease_owner == bindparam("worker"))
-    .order_by(issuances.c.id)  # as `record_all` locks them
-    .with_for_update()
-)
-_EXTEND = (
-    update(issuances)
-    .where(issuances.c.id.in_(_HELD.scalar_subquery()))
-    .values(lease_until=_lease_end())
-    .returning(issuances.c.id, issuances.c.lease_token)
-)
+_HELD = (among(issuances.c.id, "ids"), _OPEN, issuances.c.lease_owner == bindparam("worker"))
+_HELD_TOKENS = select(issuances.c.id, issuances.c.lease_token).where(*_HELD)
+
+
+def _extend(*, waits: bool) -> ReturningUpdate[Any]:
+    # In the order in which `record_all` locks them.
+    locked = select(issuances.c.id).where(*_HELD).order_by(issuances.c.id).with_for_update(skip_locked=not waits)
+    kept = update(issuances).where(issuances.c.id.in_(locked.scalar_subquery())).values(lease_until=_lease_end())
+    return kept.returning(issuances.c.id, issuances.c.lease_token)
+
+
+_EXTEND, _EXTEND_FREE = _extend(waits=True), _extend(waits=False)

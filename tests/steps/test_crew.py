@@ -140,6 +140,28 @@ def test_waiting_holds_no_thread(world: World) -> None:
         until(lambda: crew.in_flight == 20)  # who has committed that lets go of it a moment later
 
 
+def test_what_is_queued_during_a_claim_is_claimed_next(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have come too late for the one under way, and nobody will say so again."""
+    real_time(world)
+    crew = Crew(world.bench(), world.worker, 2, poll=timedelta(hours=1))
+    look = Crew._next_attempt_at
+
+    def look_and_be_poked(self: Crew, now: datetime) -> datetime | None:
+        found = look(self, now)
+        if not states(world):
+            world.add_policy("late.test")
+            world.take_over()
+            crew.poke()
+        return found
+
+    monkeypatch.setattr(Crew, "_next_attempt_at", look_and_be_poked)
+    crew.start()
+    try:
+        until(lambda: states(world) == ["done"])
+    finally:
+        crew.stop()
+
+
 def test_concurrency_bounds_what_is_in_flight(world: World) -> None:
     """CONCURRENCY counts the waiting ones too."""
     real_time(world)
@@ -309,6 +331,31 @@ def test_leases_are_kept_alive_while_waiting(world: World) -> None:
         until(lambda: lease_of(world, world.last_issuance("a.test").id) > old)
 
         assert lease_of(world, orphan) == old
+
+
+def test_a_heartbeat_goes_by_a_row_that_is_being_written(postgresql_db: Database) -> None:
+    """Whoever writes it may want a row next that the heartbeat has locked: nobody waits, and nothing is lost."""
+    world, beats = World(postgresql_db), list[object]()
+    real_time(world)
+    world.ca.processing_looks = 10**6
+    world.ca.retry_after = "20"
+    world.add_policy("a.test")
+    world.take_over()
+    crew = Crew(world.bench(), world.worker, 2, heartbeat=timedelta(milliseconds=20), beaten=beats.append)
+
+    def hold(tx: Connection) -> None:
+        tx.execute(select(table.c.id).with_for_update()).all()
+        before = len(beats)
+        until(lambda: len(beats) >= before + 2)
+
+    crew.start()
+    try:
+        until(lambda: states(world) == ["finalizing"])
+        world.db.write(hold)
+
+        assert crew.in_flight == 1
+    finally:
+        crew.stop()
 
 
 def lease_of(world: World, issuance_id: str) -> datetime:

@@ -40,3 +40,10 @@ def twin(db: Database) -> Iterator[Database]:
 def lineage_id(db: Database) -> str:
     """A lineage for `a.test`."""
     return db.write(lambda tx: add_lineage(tx, ["a.test"]))
+
+
+@pytest.fixture
+def twin_pg(postgresql_db: Database) -> Iterator[Database]:
+    twin = open_database(url_of(postgresql_db))
+    yield twin
+    twin.close()

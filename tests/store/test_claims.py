@@ -252,6 +252,25 @@ def test_a_worker_keeps_what_it_still_holds(db: Database) -> None:
     assert db.write(lambda tx: issuances.extend_leases(tx, WORKER, [left.id])) == {}
 
 
+def test_a_heartbeat_waits_for_no_row(postgresql_db: Database, twin_pg: Database) -> None:
+    """One that is being written is left out, and known to be held: to wait for it with others locked is a deadlock."""
+    queue_some(postgresql_db, 2)
+    free, written = claim(postgresql_db)
+    tokens = {one.id: one.lease_token for one in (free, written)}
+
+    def heartbeat(tx: Connection) -> tuple[dict[str, int], dict[str, int]]:
+        return issuances.extend_leases(tx, WORKER, [*tokens], waits=False), issuances.held(tx, WORKER, [*tokens])
+
+    def write(tx: Connection) -> tuple[dict[str, int], dict[str, int]]:
+        issuances.record(tx, written, NOW, failures=1)
+        return twin_pg.write(heartbeat)
+
+    extended, held = postgresql_db.write(write)
+
+    assert extended == {free.id: free.lease_token}
+    assert held == tokens
+
+
 def test_a_worker_that_ends_frees_its_own_leases(db: Database) -> None:
     """And nobody else's."""
     queue_some(db, 3)

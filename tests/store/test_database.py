@@ -183,13 +183,6 @@ def test_a_serialization_failure_is_run_again(postgresql_db: Database, twin_pg: 
     assert postgresql_db.read(lambda tx: settings_kv.find(tx, "k")) == "theirs, then ours"
 
 
-@pytest.fixture
-def twin_pg(postgresql_db: Database) -> Iterator[Database]:
-    twin = open_database(url_of(postgresql_db))
-    yield twin
-    twin.close()
-
-
 def test_a_deadlock_is_run_again(postgresql_db: Database, twin_pg: Database) -> None:
     """Two writers that lock two rows in opposite order both get there."""
     both_locked, runs = Barrier(2), []
