@@ -1,5 +1,6 @@
 """Issuances: queued once, claimed by one worker at a time, and fenced against the one that was too slow."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from threading import Barrier
@@ -346,6 +347,22 @@ def test_a_claim_costs_what_is_open(db: Database) -> None:
     assert "ix_issuances_due" in explain(db, claim_some, before=1)
     for act in (issuances.next_attempt_at, issuances.list_open):
         assert "ix_issuances_due" in explain(db, act) or "uq_issuances_open" in explain(db, act), act
+
+
+@pytest.mark.parametrize(("count", "still_open"), [(300, 3), (300, 30), (1000, 10), (1000, 30)])
+def test_a_claim_walks_the_queue_in_order(postgresql_db: Database, count: int, still_open: int) -> None:
+    """However short it was when statistics were taken: PostgreSQL would read all of a long one for the first four."""
+    ids = queue_some(postgresql_db, count)
+    most = rows.c.id.not_in(ids[:: count // still_open])
+    postgresql_db.write(lambda tx: tx.execute(update(rows).where(most).values(state=State.CANCELLED, closed_at=NOW)))
+    postgresql_db.write(lambda tx: tx.exec_driver_sql("ANALYZE issuances"))
+    postgresql_db.write(lambda tx: tx.execute(update(rows).values(state=State.QUEUED, closed_at=None)))
+
+    plan = explain(postgresql_db, lambda tx: issuances.claim(tx, WORKER, NOW, 4, None, ISSUER.directory_url), before=1)
+
+    assert re.findall(r"(\w+) Scan using (\w+)", plan) == [("Index", "ix_issuances_due"), ("Index", "pk_lineages")]
+    assert "Bitmap" not in plan
+    assert "Sort" not in plan
 
 
 def test_what_is_urgent_is_claimed_first(db: Database) -> None:
