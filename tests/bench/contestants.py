@@ -189,7 +189,7 @@ def caddy(names_per_account: int | None, task: Task) -> Job:
     pattern, home = "store/certificates/*/*/*.crt", str(task.folder)
 
     def look() -> bool:
-        # Folders first: to look into each of a thousand would take a third of a core from whom it is looked after.
+        # Folders first: to look into each of a thousand would take a quarter of a core from who is timed.
         folders = sum(1 for _ in task.folder.glob("store/certificates/*/*"))
         return folders >= len(names) and sum(1 for _ in task.folder.glob(pattern)) >= len(names)
 
