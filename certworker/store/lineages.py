@@ -5,7 +5,20 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, delete, exists, func, insert, literal, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    update,
+)
 
 from certworker.core.certificate import Leaf, Validity
 from certworker.core.names import names_hash
@@ -16,23 +29,22 @@ from certworker.store.rows import among, columns_of, insert_new_all, new_id, pag
 from certworker.store.tables import certificates, issuances, lineage_names, lineages, policy_lineages, tls_policies
 from certworker.store.types import UtcTime, UuidText
 
-_WANTING = (
-    tls_policies.c.id == policy_lineages.c.policy_id,
-    tls_policies.c.mode == "auto",
-    tls_policies.c.paused_at.is_(None),
-)
-"""What makes a linked policy one that certificates are issued for."""
-
 
 def policy_names(lineage_id: ColumnElement[str]) -> ColumnElement[bool]:
     """Return the condition that a policy names this lineage which is still there, paused or not."""
-    there = tls_policies.c.id == policy_lineages.c.policy_id
-    return exists(select(1).where(policy_lineages.c.lineage_id == lineage_id, there))
+    return _has_policy(lineage_id, tls_policies.c.id.is_not(None))
 
 
 def policy_wants(lineage_id: ColumnElement[str]) -> ColumnElement[bool]:
     """Return the condition that a policy wants certificates for it: `mode = auto` and not paused."""
-    return exists(select(1).where(policy_lineages.c.lineage_id == lineage_id, *_WANTING))
+    return _has_policy(lineage_id, and_(tls_policies.c.mode == "auto", tls_policies.c.paused_at.is_(None)))
+
+
+def _has_policy(lineage_id: ColumnElement[str], that: ColumnElement[bool]) -> ColumnElement[bool]:
+    # From the lineage to its links, and from each to its policy: neither a subquery for one value nor one with an
+    # OFFSET is made a join, which PostgreSQL would begin with every policy when its statistics know of none.
+    policy = select(that).where(tls_policies.c.id == policy_lineages.c.policy_id).scalar_subquery()
+    return exists(select(1).where(policy_lineages.c.lineage_id == lineage_id, policy).offset(literal_column("0")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -365,6 +365,18 @@ def test_a_claim_walks_the_queue_in_order(postgresql_db: Database, count: int, s
     assert "Sort" not in plan
 
 
+def test_whether_a_lineage_is_wanted_is_looked_up_for_each(postgresql_db: Database) -> None:
+    """However few policies there were when statistics were taken: PostgreSQL would begin with all that there are."""
+    queue_some(postgresql_db, 300)
+    postgresql_db.write(lambda tx: tx.exec_driver_sql("ANALYZE"))
+    found = postgresql_db.read(lambda tx: [*tx.execute(select(rows.c.lineage_id)).scalars()])
+
+    plan = explain(postgresql_db, lambda tx: lineages.wanted_among(tx, found))
+
+    assert re.findall(r"Index \w+ using (\w+)", plan) == ["ix_policy_lineages_lineage_id", "pk_tls_policies"]
+    assert "Nested Loop" not in plan
+
+
 def test_what_is_urgent_is_claimed_first(db: Database) -> None:
     """Then what is due longest; nothing is claimed twice."""
     ids = queue_some(db, 4)
