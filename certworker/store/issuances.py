@@ -260,8 +260,7 @@ def claim(
     `only` restricts it to these ids, for a one-shot run that was given names; `directory_url` to the CA
     that the worker speaks with.
     """
-    if only is None and tx.dialect.name == "postgresql":
-        tx.exec_driver_sql(_IN_ORDER)
+    _walk_in_order(tx, only)
     ids = _find_due(tx, now, limit, only, directory_url, urgent=True)
     if len(ids) < limit:
         # What is urgent and free is ours already.
@@ -287,11 +286,16 @@ def _find_due(
     return found
 
 
-_IN_ORDER = "SET LOCAL enable_sort = off"
-"""Statistics of a queue are wrong: taken when it is short, they make PostgreSQL read and sort all of a long one.
+def _walk_in_order(tx: Connection, only: list[str] | None) -> None:
+    """Let PostgreSQL look at the queue in order, and stop when it has enough; for the rest of this transaction.
 
-An index that is walked in order also forgets what has left it.
-"""
+    Statistics of a queue are wrong: taken when it is short, they make it read and sort all of a long one. An index that
+    is walked in order also forgets what has left it. A few of `only` are found by their ids.
+    """
+    if only is None and tx.dialect.name == "postgresql":
+        tx.exec_driver_sql("SET LOCAL enable_sort = off")
+
+
 _ASKED = 100
 """Ids that one look for work names: most of the first ones are due, and a statement of thousands is slow to read."""
 
@@ -550,6 +554,7 @@ def cancel_abandoned(tx: Connection, untouched_since: datetime, now: datetime, l
 
 def next_attempt_at(tx: Connection, only: list[str] | None = None, directory_url: str | None = None) -> datetime | None:
     """Return when the next unclaimed issuance is due, of those that `claim` would take."""
+    _walk_in_order(tx, only)
     query = select(issuances.c.attempt_at).where(_OPEN, issuances.c.lease_until.is_(None))
     moments = [
         tx.execute(_restrict(query, page, directory_url).order_by(issuances.c.attempt_at).limit(1)).scalar()

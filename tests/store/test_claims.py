@@ -358,11 +358,16 @@ def test_a_claim_walks_the_queue_in_order(postgresql_db: Database, count: int, s
     postgresql_db.write(lambda tx: tx.exec_driver_sql("ANALYZE issuances"))
     postgresql_db.write(lambda tx: tx.execute(update(rows).values(state=State.QUEUED, closed_at=None)))
 
-    plan = explain(postgresql_db, lambda tx: issuances.claim(tx, WORKER, NOW, 4, None, ISSUER.directory_url), before=1)
+    ca = ISSUER.directory_url
+    plans = [
+        explain(postgresql_db, lambda tx: issuances.claim(tx, WORKER, NOW, 4, None, ca), before=1),
+        explain(postgresql_db, lambda tx: issuances.next_attempt_at(tx, None, ca)),
+    ]
 
-    assert re.findall(r"(\w+) Scan using (\w+)", plan) == [("Index", "ix_issuances_due"), ("Index", "pk_lineages")]
-    assert "Bitmap" not in plan
-    assert "Sort" not in plan
+    for plan in plans:
+        assert re.findall(r"(\w+) Scan using (\w+)", plan) == [("Index", "ix_issuances_due"), ("Index", "pk_lineages")]
+        assert "Bitmap" not in plan
+        assert "Sort" not in plan
 
 
 def test_whether_a_lineage_is_wanted_is_looked_up_for_each(postgresql_db: Database) -> None:
