@@ -44,6 +44,7 @@ def lineage_id(db: Database) -> str:
 
 @pytest.fixture
 def twin_pg(postgresql_db: Database) -> Iterator[Database]:
+    """Another worker's connections to the same PostgreSQL."""
     twin = open_database(url_of(postgresql_db))
     yield twin
     twin.close()
