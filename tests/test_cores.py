@@ -36,6 +36,7 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(os, "sched_setaffinity", found.__setitem__)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *_: None)
     return found
 
 
@@ -53,7 +54,9 @@ def test_one_core_for_these_threads_alone(thread: threading.Thread) -> None:
 
     assert thread.native_id is not None
     assert len(os.sched_getaffinity(thread.native_id) & allowed) == 1
+    assert os.sched_getscheduler(thread.native_id) == os.SCHED_BATCH
     assert os.sched_getaffinity(0) == allowed
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_it_moves_when_others_need_the_core(thread: threading.Thread, stat: Path, bound: dict[int, set[int]]) -> None:

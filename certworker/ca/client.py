@@ -4,7 +4,6 @@ Nothing waits, polls or decides here. Every call returns what the CA said, or ra
 `problems.classify` turns into what to do next. Any number of threads may share a client.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -223,9 +222,10 @@ class Client:
         A CA may use several hosts, and its directory is trusted to name them. The host that has just answered
         is one of them, also if the directory has moved on since.
         """
-        known = self._hosts | {host_of(response.url)}
-        for host, port in map(host_of, urls):
-            if (host, port) not in known:
+        here = host_of(response.url)
+        for there in map(host_of, urls):
+            if there != here and there not in self._hosts:
+                host, port = there
                 raise AnswerFault(
                     response.url, f"it leads to {host!a} port {port}, which the CA's directory does not name"
                 )
@@ -257,7 +257,7 @@ class Client:
         return self._send(doing, account, url, b"", {**_JOSE, **(headers or {})}, max_bytes, repeatable=True)
 
     def _post(self, doing: str, signer: Account | AccountKey, url: str, payload: Mapping[str, Any]) -> Response:
-        body = json.dumps(payload, separators=(",", ":")).encode()
+        body = jws.print_json(payload).encode()
         return self._send(doing, signer, url, body, _JOSE, ANSWER_LIMIT, repeatable=False)
 
     def _send(

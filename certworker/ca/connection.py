@@ -4,11 +4,14 @@ What is said on it is in `http1`. A socket's own time limit starts anew with eve
 byte a second holds a thread for hours. Here each read and write gets what is left of the request's time.
 """
 
+import os
 import select
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import cast
 
 from certworker.ca.http1 import Answer, Answers, NotHttp, render_request
@@ -17,6 +20,7 @@ from certworker.ca.urls import Origin
 
 _PIECE = 16 * 1024
 """Bytes: no TLS record has more (RFC 8446 §5.1)."""
+_NEARLY = 1.02
 
 
 class ProxyRefused(Exception):
@@ -41,40 +45,49 @@ class Deadline:
 class _Timed:
     """A socket on which nothing takes longer than the deadline of the request under way.
 
-    It never blocks, and is waited for with one call: with a socket's own time limit, an answer would take twice as many
-    calls that let go of Python's lock, each of which may hand it to another thread.
+    The kernel keeps the time (SO_RCVTIMEO, socket(7)). With Python's own limit, a read is a call that waits and one
+    that reads, each of which lets go of Python's lock, and so may hand it to another thread.
     """
 
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
-        sock.setblocking(False)
+        sock.setblocking(False)  # to Python: it makes one call,
+        os.set_blocking(sock.fileno(), True)  # in which the kernel waits
         self.sock = sock
         self.deadline = deadline
         self.answered = False
         """Whether a byte has come since the request began."""
-        self._readable, self._writable = select.poll(), select.poll()
+        self._limit = 0.0
+        """Seconds that the kernel lets a call take."""
+        self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
-        self._writable.register(sock, select.POLLOUT)
 
     def is_silent(self) -> bool:
         return not self._readable.poll(0)
 
     def send(self, data: bytes) -> None:
         while data:
-            try:
+            self._keep_limit()
+            with suppress(BlockingIOError, ssl.SSLWantWriteError):
                 data = data[self.sock.send(data) :]
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                self._writable.poll(self.deadline.left() * 1000)
 
     def receive(self) -> bytes:
         while True:
-            # Nothing is left in the TLS layer that this would wait for in vain: _PIECE takes all of a record.
-            self._readable.poll(self.deadline.left() * 1000)
+            self._keep_limit()
             try:
                 data = self.sock.recv(_PIECE)
             except (BlockingIOError, ssl.SSLWantReadError):
-                continue  # too late, or only a part of a record
+                continue  # too late
             self.answered = self.answered or bool(data)
             return data
+
+    def _keep_limit(self) -> None:
+        """Let the next call take no longer than is left, nearly: raise TimeoutError if nothing is."""
+        left = self.deadline.left()
+        if not left <= self._limit <= left * _NEARLY:
+            self._limit = left
+            seconds = struct.pack("@ll", int(left), int(left % 1 * 1e6) or 1)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
 
 
 class Connection:

@@ -15,7 +15,7 @@ _SIZE_LIMIT = 1024
 """Bytes of the line that begins a chunk."""
 _BEGIN = b"HTTP/1."
 _STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: .*)?")
-_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r\n]*)")
+_FIELDS = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[^\0\r\n]*+(?:\r\n|\Z))*+")
 _FOLD = re.compile(r"\r\n[ \t]+")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
@@ -41,8 +41,8 @@ class Head(NamedTuple):
     @property
     def is_last(self) -> bool:
         """Whether the connection ends with this answer (RFC 9112 §9.3); 1.0 ends it unless both sides say otherwise."""
-        options = self.headers.get("connection", "").lower().split(",")
-        return self.minor == 0 or "close" in map(str.strip, options)
+        options = self.headers.get("connection")
+        return self.minor == 0 or (options is not None and "close" in map(str.strip, options.lower().split(",")))
 
 
 class Answer(NamedTuple):
@@ -78,7 +78,7 @@ class Answers:
         """Return status and fields of the next answer that is final; interim ones say nothing to us."""
         while True:
             head = self._take_head()
-            line, *fields = head.split("\r\n")
+            line, _, fields = head.partition("\r\n")
             start = _STATUS_LINE.fullmatch(line)
             if start is None:
                 raise NotHttp("no status line")
@@ -171,14 +171,14 @@ def render_request(method: str, target: str, authority: str, headers: Mapping[st
     return "\r\n".join([*lines, "", ""]).encode("ascii") + (body or b"")
 
 
-def _read_fields(lines: list[str]) -> dict[str, str]:
-    if len(lines) > _MOST_FIELDS:
+def _read_fields(fields: str) -> dict[str, str]:
+    if fields.count("\r\n") >= _MOST_FIELDS:
         raise NotHttp("endless header fields")
+    if not _FIELDS.fullmatch(fields):
+        raise NotHttp("a broken header field")
     headers: dict[str, str] = {}
-    for line in lines:
-        field = _FIELD.fullmatch(line)
-        if field is None:
-            raise NotHttp("a broken header field")
-        name, value = field[1].lower(), field[2].rstrip(" \t")
+    for field in fields.split("\r\n") if fields else ():
+        name, _, value = field.partition(":")
+        name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers

@@ -11,8 +11,8 @@ from typing import Any
 from certworker.ca.keys import AccountKey, base64url
 from certworker.errors import InputError
 
-_print = json.JSONEncoder(separators=(",", ":")).encode
-"""`json.dumps` makes an encoder each time it is told how."""
+print_json = json.JSONEncoder(separators=(",", ":")).encode
+"""Without blanks; `json.dumps` makes an encoder each time it is told how."""
 _FLATTENED = '{"protected":"%(protected)s","payload":"%(payload)s","signature":"%(signature)s"}'
 """As JSON has it: nothing of base64url is escaped there."""
 
@@ -38,13 +38,13 @@ def bind_external(key: AccountKey, *, url: str, kid: str, hmac_key: str) -> Mapp
 def endorse_key(old: AccountKey, new: AccountKey, *, url: str, account_url: str) -> Mapping[str, Any]:
     """Return the proof, signed by `new`, that it may take the place of `old` (RFC 8555 §7.3.5)."""
     payload = {"account": account_url, "oldKey": old.public_jwk}
-    return _sign(new, json.dumps(payload).encode(), {"url": url}, kid=None)
+    return _sign(new, print_json(payload).encode(), {"url": url}, kid=None)
 
 
 def _sign(key: AccountKey, payload: bytes, header: Mapping[str, str], kid: str | None) -> dict[str, str]:
     """Return a flattened JWS; RFC 8555 §6.2 wants either `kid` or `jwk`."""
     signer = {"jwk": key.public_jwk} if kid is None else {"kid": kid}
-    protected = base64url(_print({"alg": key.algorithm, **header, **signer}).encode())
+    protected = base64url(print_json({"alg": key.algorithm, **header, **signer}).encode())
     encoded = base64url(payload)
     signature = base64url(key.sign(f"{protected}.{encoded}".encode()))
     return {"protected": protected, "payload": encoded, "signature": signature}

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from functools import cache
 from hashlib import sha256
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urljoin
 
 from certworker.ca.fields import Fields, read_json
@@ -188,10 +189,13 @@ def _fields(response: Response) -> Fields:
 
 
 def _status(fields: Fields, statuses: type[_S]) -> _S:
-    try:
-        return statuses(fields.text("status"))
-    except ValueError:
-        return statuses("unknown")
+    known: Mapping[str, _S] = _by_value(statuses)
+    return known.get(fields.text("status"), known["unknown"])
+
+
+@cache
+def _by_value(statuses: type[StrEnum]) -> Mapping[str, Any]:
+    return {status.value: status for status in statuses}
 
 
 def _shown_url(fields: Fields, name: str, *schemes: str) -> str | None:

@@ -64,7 +64,7 @@ def read_problem(response: Response, now: datetime) -> Problem:
 
 def read_problem_object(value: object) -> Problem | None:
     """Read a problem document inside another answer: a challenge's error, an order's error."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         return None
     status = value.get("status")
     return Problem(

@@ -58,6 +58,7 @@ def is_url(text: str, *schemes: str) -> bool:
     return url is not None and url.origin.scheme in schemes
 
 
+@lru_cache(_REMEMBERED)
 def host_of(text: str) -> tuple[str, int]:
     """Return host and port of a text that `is_url`."""
     url = read_url(text)

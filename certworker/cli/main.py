@@ -12,11 +12,14 @@ from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import click
 
 from certworker.errors import CertworkerError
-from certworker.settings import Settings, load
+
+if TYPE_CHECKING:
+    from certworker.settings import Settings
 
 _COMMANDS = {
     "init": ("setup", "Make data folder, database and key-encryption key; safe to repeat."),
@@ -80,8 +83,10 @@ def cli(ctx: click.Context, config_file: Path | None) -> None:
     ctx.obj = config_file
 
 
-def settings_of(ctx: click.Context) -> Settings:
+def settings_of(ctx: click.Context) -> "Settings":
     """Read the settings for a command."""
+    from certworker.settings import load  # has come with the command, see `_load`
+
     return load(config_file=ctx.find_root().obj)
 
 

@@ -14,7 +14,7 @@ is done twice that matters.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import Enum, StrEnum, auto
+from enum import StrEnum, auto
 
 from certworker.core.order import (
     Authorization,
@@ -44,7 +44,7 @@ _BEFORE_ORDER = frozenset([State.QUEUED, State.ORDER_INTENT])
 _BEFORE_READY = frozenset([State.ORDERED, State.VALIDATING])
 
 
-class Action(Enum):
+class Action(StrEnum):
     """One move: at most one act at the CA, then one commit."""
 
     INTEND_ORDER = auto()

@@ -37,8 +37,8 @@ POLL = timedelta(seconds=1)
 """How often the database is asked for work that nobody announced."""
 _LONGEST_HOLD = timedelta(seconds=30)
 """A lease is kept through a wait up to this; a longer one is given back."""
-_FENCE = timedelta(seconds=25)
-"""A lease heard of longer ago is made sure of first: what is left of it must outlive a request's 30 s."""
+_FENCE = 25.0
+"""Seconds; a lease heard of longer ago is made sure of first: what is left of it must outlive a request's 30 s."""
 _STORAGE = (0.2, 10.0)
 """Seconds between two tries to write to a database that failed: the first and the longest."""
 _CONTENDED = timedelta(seconds=5)
@@ -384,7 +384,7 @@ class Crew:
 
     def _make_sure(self, session: Session) -> None:
         """Raise LeaseLost unless the lease outlives a request to the CA, whatever held us up."""
-        if time.monotonic() - session.kept_at <= _FENCE.total_seconds():
+        if time.monotonic() - session.kept_at <= _FENCE:
             return
         if session.issuance.id not in self._extend(self._bench.db, [session]):
             raise LeaseLost(f"issuance {session.issuance.id} belongs to another worker now, so nothing more is sent")

@@ -15,7 +15,7 @@ _SOONER, _LATER = 0.97, 1.25
 _AT_ONCE = 0.5
 """To so much of it the first wait falls at most by what was in time after it."""
 _FIRST = timedelta(milliseconds=40)
-_LEAST, _MOST = timedelta(milliseconds=5), timedelta(seconds=4)
+_LEAST, _MOST = timedelta(milliseconds=2), timedelta(seconds=4)
 
 
 class Pace:

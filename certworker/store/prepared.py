@@ -5,13 +5,14 @@ After that a statement costs little more than what the driver makes of it. Who l
 `before_cursor_execute` hears of it all the same, and what the driver raises becomes what SQLAlchemy makes of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn, cast
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, methodcaller
+from typing import Any, NoReturn, TypeVar, cast
 
 from sqlalchemy import Connection, Delete, Dialect, Insert, Select, TextualSelect, Update
 from sqlalchemy.exc import DBAPIError
 
+_T = TypeVar("_T")
 Row = Sequence[Any]
 _Convert = Callable[[Any], Any]
 _Statement = Select[Any] | Insert | Update | Delete | TextualSelect
@@ -27,8 +28,7 @@ class Prepared:
     def fetch(self, tx: Connection, **values: Any) -> list[Row]:
         """Execute it, and return the rows that it selects or returns."""
         spelled = self._spell(tx.dialect, values)
-        with _sent(tx, spelled.text, spelled.bind(values), many=False) as cursor:
-            return spelled.read(cursor.fetchall())
+        return spelled.read(_execute(tx, spelled.text, spelled.bind(values), _all_rows))
 
     def run(self, tx: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Execute it with each of `rows`, which give the same parameters; return how many rows that has changed."""
@@ -36,10 +36,9 @@ class Prepared:
             return 0
         spelled = self._spell(tx.dialect, rows[0])
         # One is no pipeline: psycopg might be stopped in the middle of it, where PostgreSQL does not end what is idle.
-        many, values = len(rows) > 1, [spelled.bind(row) for row in rows]
-        with _sent(tx, spelled.text, values if many else values[0], many=many) as cursor:
-            changed: int = cursor.rowcount
-            return changed
+        if len(rows) == 1:
+            return _execute(tx, spelled.text, spelled.bind(rows[0]), _row_count)
+        return _execute(tx, spelled.text, [spelled.bind(row) for row in rows], _row_count, many=True)
 
     def _spell(self, dialect: Dialect, given: Mapping[str, Any]) -> "_Spelled":
         key = (dialect.name, *given)
@@ -87,8 +86,12 @@ class _Spelled:
         return cast("list[Row]", read)
 
 
-@contextmanager
-def _sent(tx: Connection, text: str, values: Any, *, many: bool) -> Iterator[Any]:
+_all_rows: Callable[[Any], list[tuple[Any, ...]]] = methodcaller("fetchall")
+_row_count: Callable[[Any], int] = attrgetter("rowcount")
+
+
+def _execute(tx: Connection, text: str, values: Any, read: Callable[[Any], _T], *, many: bool = False) -> _T:
+    """Execute it, with several sets of values if there are `many`; return what `read` makes of the cursor."""
     connection = tx.connection.dbapi_connection
     assert connection is not None
     assert tx.in_transaction(), "nothing has begun that could be committed"
@@ -97,7 +100,7 @@ def _sent(tx: Connection, text: str, values: Any, *, many: bool) -> Iterator[Any
         listener(tx, cursor, text, values, None, many)
     try:
         (cursor.executemany if many else cursor.execute)(text, values)
-        yield cursor
+        return read(cursor)
     except cast("type[Exception]", tx.dialect.loaded_dbapi.Error) as error:
         _raise(tx, error)
     finally:

@@ -39,6 +39,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeEngine
 
+_print = json.JSONEncoder(ensure_ascii=False).encode
 _SHOWN = 200
 """So much is left of a value that cannot be read."""
 
@@ -75,7 +76,7 @@ class UtcTime(TypeDecorator[datetime]):
         if dialect.name == "postgresql":
             return value
         # Not strftime: its %Y leaves out the zeros of the year 999, which would sort after 2026.
-        return value.replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+        return value.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         if value is None:
@@ -99,7 +100,7 @@ class TextArray(TypeDecorator[list[str]]):
     def process_bind_param(self, value: list[str] | None, dialect: Dialect) -> Any:
         if value is None:
             return None
-        return list(value) if dialect.name == "postgresql" else json.dumps(list(value), ensure_ascii=False)
+        return list(value) if dialect.name == "postgresql" else _print(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> list[str] | None:
         if value is None:

@@ -164,6 +164,34 @@ def test_no_server_holds_a_thread(tls: tuple[Path, ssl.SSLContext], serve) -> No
         assert (caught.value.kind, time.monotonic() - started < LATE) == ("timeout", True)
 
 
+def test_a_server_that_does_not_read_holds_no_thread(tls: tuple[Path, ssl.SSLContext]) -> None:
+    """More than the kernels hold between the two of us."""
+    with (
+        serving(lambda peer: peer.stop.wait(10), tls[1]) as server,
+        closing(Transport(tls[0], time_limit=LIMIT)) as transport,
+        pytest.raises(TransportFault) as caught,
+    ):
+        transport.request("POST", server.url, bytes(32 * 1024 * 1024))
+
+    assert caught.value.kind == "timeout"
+
+
+def test_each_request_on_a_kept_connection_has_all_its_time(tls: tuple[Path, ssl.SSLContext]) -> None:
+    """However little of theirs the ones before it had left."""
+
+    def serve(peer: Peer) -> None:
+        for _ in range(4):
+            peer.read_request()
+            peer.send(b"HTTP/1.1 200 OK\r\n")
+            peer.stop.wait(LIMIT.total_seconds() * 0.6)
+            peer.send(b"Content-Length: 0\r\n\r\n")
+
+    with serving(serve, tls[1]) as server, closing(Transport(tls[0], time_limit=LIMIT)) as transport:
+        statuses = [transport.request("GET", server.url).status for _ in range(4)]
+
+    assert (statuses, server.connections) == ([200] * 4, 1)
+
+
 def test_a_silent_handshake_ends(tls: tuple[Path, ssl.SSLContext]) -> None:
     """A port that accepts and never speaks TLS."""
     with (
