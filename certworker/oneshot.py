@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _LOOK = 0.2
 """Seconds between two looks at what has become of the tickets ..."""
-_LOOK_AT_WORK = 0.5
+_LOOK_AT_WORK = 1.0
 """... and while our own crew issues, which says when nothing is left."""
 _LOOK_AT_ALL = 2.0
 """Seconds between two looks at all of them while our own crew tells of those that end."""
