@@ -21,6 +21,7 @@ from certworker.ca.urls import Origin
 _PIECE = 16 * 1024
 """Bytes: no TLS record has more (RFC 8446 §5.1)."""
 _NEARLY = 1.02
+"""So much longer than is left a call may take: else every request would have to set the kernel's limit anew."""
 
 
 class ProxyRefused(Exception):
@@ -57,7 +58,7 @@ class _Timed:
         self.answered = False
         """Whether a byte has come since the request began."""
         self._limit = 0.0
-        """Seconds that the kernel lets a call take."""
+        """Seconds that the kernel lets a call take, 0 before it was told."""
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
 

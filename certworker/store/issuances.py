@@ -448,8 +448,8 @@ def _same_order(one: Change) -> Mapping[str, Any]:
 
 
 def _changed(one: Change) -> Issuance:
-    now = zip(_FIELDS, _values_of(one.claimed), strict=True)
-    return Issuance(*[one.values.get(name, value) for name, value in now])
+    before = zip(_FIELDS, _values_of(one.claimed), strict=True)
+    return Issuance(*[one.values.get(name, value) for name, value in before])
 
 
 _FIELDS = tuple(field.name for field in fields(Issuance))

@@ -100,7 +100,7 @@ class TextArray(TypeDecorator[list[str]]):
     def process_bind_param(self, value: list[str] | None, dialect: Dialect) -> Any:
         if value is None:
             return None
-        return list(value) if dialect.name == "postgresql" else _print(value)
+        return list(value) if dialect.name == "postgresql" else _print(list(value))
 
     def process_result_value(self, value: Any, dialect: Dialect) -> list[str] | None:
         if value is None:
