@@ -20,6 +20,8 @@ from certworker.ca.urls import Origin
 
 _PIECE = 16 * 1024
 """Bytes: no TLS record has more (RFC 8446 §5.1)."""
+_TIMEVAL = "@qq" if socket.SO_RCVTIMEO == 66 else "@ll"
+"""Linux has another number for it where a C long is too short for the time (asm-generic/socket.h)."""
 _NEARLY = 1.02
 """So much longer than is left a call may take: else every request would have to set the kernel's limit anew."""
 
@@ -86,7 +88,7 @@ class _Timed:
         left = self.deadline.left()
         if not left <= self._limit <= left * _NEARLY:
             self._limit = left
-            seconds = struct.pack("@ll", int(left), int(left % 1 * 1e6) or 1)
+            seconds = struct.pack(_TIMEVAL, int(left), int(left % 1 * 1e6) or 1)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
 
