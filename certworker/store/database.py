@@ -220,9 +220,11 @@ def schema_revision(tx: Connection) -> str | None:
 def _postgresql(
     url: URL, pool_size: int, max_overflow: int, connect: Mapping[str, Any], session: Mapping[str, str]
 ) -> Engine:
+    # Last in, first out: the server's process that was used last has the most in its caches.
     return create_engine(
-        url, pool_pre_ping=True, pool_size=pool_size, max_overflow=max_overflow, pool_timeout=_POOL_WAIT,
-        hide_parameters=True, json_deserializer=read_json, connect_args=_besides(url, connect, session),
+        url, pool_size=pool_size, max_overflow=max_overflow, pool_timeout=_POOL_WAIT, pool_pre_ping=True,
+        pool_use_lifo=True, hide_parameters=True, json_deserializer=read_json,
+        connect_args=_besides(url, connect, session),
     )  # fmt: skip
 
 
