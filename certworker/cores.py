@@ -3,9 +3,6 @@
 Python lets one thread at a time run its code. When the threads that work on issuances are spread over several cores,
 its lock and every object they touch travel from core to core with each turn, which costs half as much again as the
 work itself (docs/performance.md). On one core they are as quick as one thread; the others are free for the proxies.
-
-There a thread that wakes up does not interrupt the one that runs (SCHED_BATCH, sched(7)): that one mostly holds the
-lock, or wants it back at once, and the other would only fall asleep again.
 """
 
 import os
@@ -40,8 +37,13 @@ class Core:
         """Seconds of CPU that this process had used by then."""
         self._looked_at = time.monotonic()
 
-    def gather(self, threads: Iterable[threading.Thread]) -> None:
-        """Let these threads, and those that they start, take turns on the core that others use least."""
+    def gather(self, threads: Iterable[threading.Thread], *, batch: bool = False) -> None:
+        """Let these threads, and those that they start, take turns on the core that others use least.
+
+        As a `batch` (SCHED_BATCH, sched(7)) one that wakes up does not interrupt the one that runs, which mostly holds
+        Python's lock, or wants it back at once. On a busy machine everybody else goes first then, also a thread of our
+        own that has much to do: for a command that does nothing besides, not for the service.
+        """
         if len(self._cores) < 2:
             return
         self._chosen = self._choose()
@@ -49,7 +51,8 @@ class Core:
             if thread.native_id is not None:
                 with suppress(OSError):  # it has ended, or we may not
                     os.sched_setaffinity(thread.native_id, {self._chosen})
-                    os.sched_setscheduler(thread.native_id, os.SCHED_BATCH, os.sched_param(0))
+                    if batch:
+                        os.sched_setscheduler(thread.native_id, os.SCHED_BATCH, os.sched_param(0))
 
     def _choose(self) -> int:
         idle, used, now = _idle_seconds(), time.process_time(), time.monotonic()

@@ -339,7 +339,7 @@ class _Wait:
             self._node.start()
         self._stack.callback(crew.stop)
         crew.start()
-        Core().gather([*crew.threads, responder.thread])
+        Core().gather([*crew.threads, responder.thread], batch=True)
 
     def _beaten(self, db_now: datetime | None) -> None:
         if db_now is not None:

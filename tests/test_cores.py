@@ -36,7 +36,6 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(os, "sched_setaffinity", found.__setitem__)
-    monkeypatch.setattr(os, "sched_setscheduler", lambda *_: None)
     return found
 
 
@@ -46,15 +45,16 @@ def idle(stat: Path, first: float, second: float) -> None:
     stat.write_text("\n".join(["cpu  1 2 3 4 5", *lines, "intr 1"]))
 
 
-def test_one_core_for_these_threads_alone(thread: threading.Thread) -> None:
+@pytest.mark.parametrize(("batch", "policy"), [(False, os.SCHED_OTHER), (True, os.SCHED_BATCH)])
+def test_one_core_for_these_threads_alone(thread: threading.Thread, *, batch: bool, policy: int) -> None:
     """On the machine as it is; what this process starts otherwise may run anywhere."""
     allowed = os.sched_getaffinity(0)
 
-    Core().gather([thread])
+    Core().gather([thread], batch=batch)
 
     assert thread.native_id is not None
     assert len(os.sched_getaffinity(thread.native_id) & allowed) == 1
-    assert os.sched_getscheduler(thread.native_id) == os.SCHED_BATCH
+    assert os.sched_getscheduler(thread.native_id) == policy
     assert os.sched_getaffinity(0) == allowed
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
