@@ -41,8 +41,8 @@ class Head(NamedTuple):
     @property
     def is_last(self) -> bool:
         """Whether the connection ends with this answer (RFC 9112 §9.3); 1.0 ends it unless both sides say otherwise."""
-        options = self.headers.get("connection")
-        return self.minor == 0 or (options is not None and "close" in map(str.strip, options.lower().split(",")))
+        options = self.headers.get("connection", "").lower().split(",")
+        return self.minor == 0 or "close" in map(str.strip, options)
 
 
 class Answer(NamedTuple):

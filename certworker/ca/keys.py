@@ -6,8 +6,8 @@ tests hold the two equal.
 """
 
 import json
-from binascii import b2a_base64
-from collections.abc import Callable, Mapping
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Self
 
@@ -33,21 +33,18 @@ from cryptography.hazmat.primitives.serialization import (
 from certworker.errors import InputError
 
 _SHA256, _SHA384 = ECDSA(SHA256()), ECDSA(SHA384())
-_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _ACCEPTED = "an unencrypted PEM key: EC on P-256 or P-384, or RSA with 2048 bits or more"
 
 
 class AccountKey:
     """The private key of an ACME account; equal keys are equal, and none of it can be printed."""
 
-    __slots__ = ("_private", "algorithm", "public_jwk", "sign", "thumbprint")
+    __slots__ = ("_private", "algorithm", "public_jwk", "thumbprint")
 
     def __init__(self, private: EllipticCurvePrivateKey | RSAPrivateKey) -> None:
         self._private = private
         self.algorithm = _algorithm(private)
         """Name of the one JWS algorithm that fits the key (RFC 7518 §3.1)."""
-        self.sign = _signer(private)
-        """Returns the signature over its argument in the form of a JWS (RFC 7518 §3.3, §3.4)."""
         self.public_jwk: Mapping[str, str] = _public_jwk(private)
         """The public key alone, with just the members that RFC 7638 counts, in its order."""
         canonical = json.dumps(self.public_jwk, separators=(",", ":")).encode()
@@ -76,6 +73,14 @@ class AccountKey:
         """Return the key as unencrypted PKCS #8; the caller seals it."""
         return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
 
+    def sign(self, data: bytes) -> bytes:
+        """Return the signature over `data` in the form of a JWS (RFC 7518 §3.3, §3.4)."""
+        if isinstance(self._private, RSAPrivateKey):
+            return self._private.sign(data, PKCS1v15(), SHA256())
+        digest, size = (_SHA256, 32) if self.algorithm == "ES256" else (_SHA384, 48)
+        r, s = decode_dss_signature(self._private.sign(data, digest))
+        return r.to_bytes(size, "big") + s.to_bytes(size, "big")
+
     def key_authorization(self, token: str) -> str:
         """Return what answers the challenge with this token (RFC 8555 §8.1)."""
         return f"{token}.{self.thumbprint}"
@@ -92,25 +97,13 @@ class AccountKey:
 
 def base64url(data: bytes) -> str:
     """Return `data` as JOSE writes it: without padding (RFC 7515 §2)."""
-    return b2a_base64(data, newline=False).translate(_URL_SAFE, b"=").decode()
+    return urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def _algorithm(private: EllipticCurvePrivateKey | RSAPrivateKey) -> str:
     if isinstance(private, RSAPrivateKey):
         return "RS256"
     return "ES256" if isinstance(private.curve, SECP256R1) else "ES384"
-
-
-def _signer(private: EllipticCurvePrivateKey | RSAPrivateKey) -> Callable[[bytes], bytes]:
-    if isinstance(private, RSAPrivateKey):
-        return lambda data: private.sign(data, PKCS1v15(), SHA256())
-    digest, size = (_SHA256, 32) if isinstance(private.curve, SECP256R1) else (_SHA384, 48)
-
-    def sign(data: bytes) -> bytes:
-        r, s = decode_dss_signature(private.sign(data, digest))
-        return r.to_bytes(size, "big") + s.to_bytes(size, "big")
-
-    return sign
 
 
 def _public_jwk(private: EllipticCurvePrivateKey | RSAPrivateKey) -> dict[str, str]:

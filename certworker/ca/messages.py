@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from functools import cache
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urljoin
 
 from certworker.ca.fields import Fields, read_json
@@ -189,13 +188,10 @@ def _fields(response: Response) -> Fields:
 
 
 def _status(fields: Fields, statuses: type[_S]) -> _S:
-    known: Mapping[str, _S] = _by_value(statuses)
-    return known.get(fields.text("status"), known["unknown"])
-
-
-@cache
-def _by_value(statuses: type[StrEnum]) -> Mapping[str, Any]:
-    return {status.value: status for status in statuses}
+    try:
+        return statuses(fields.text("status"))
+    except ValueError:
+        return statuses("unknown")
 
 
 def _shown_url(fields: Fields, name: str, *schemes: str) -> str | None:

@@ -62,11 +62,6 @@ class Breaker:
     registration: str | None = None
     """What accounts were made with when the account was refused."""
 
-    @property
-    def is_calm(self) -> bool:
-        """Whether the CA may be asked at any time, and its last answer to anybody was a good one."""
-        return self.state is State.CLOSED and self.hold_until is None and not self.failures
-
 
 @dataclass(frozen=True, slots=True)
 class Free:

@@ -103,8 +103,6 @@ class Gate:
 
     def closed_until(self) -> datetime | None:
         """Return when to ask again if the CA may not be asked now; reads no database."""
-        if self._look_at is None and self._seen.is_calm:
-            return None
         now = self._clock()
         if self._look_at is not None:
             return max(self._look_at, now + _ELSEWHERE)
@@ -120,9 +118,6 @@ class Gate:
 
     def succeeded(self) -> None:
         """Note that the CA answered an issuance as RFC 8555 has it."""
-        if self._seen.is_calm:
-            self._unanswered = 0
-            return
         now = self._clock()
         self._change(lambda seen: breaker.after_success(seen, now), answered=True)
 

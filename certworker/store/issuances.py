@@ -9,10 +9,9 @@ it wrote before; a function that writes more than the issuance asks `find_record
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -448,12 +447,10 @@ def _same_order(one: Change) -> Mapping[str, Any]:
 
 
 def _changed(one: Change) -> Issuance:
-    before = zip(_FIELDS, _values_of(one.claimed), strict=True)
-    return Issuance(*[one.values.get(name, value) for name, value in before])
+    return replace(one.claimed, **{name: value for name, value in one.values.items() if name in _FIELDS})
 
 
-_FIELDS = tuple(field.name for field in fields(Issuance))
-_values_of = attrgetter(*_FIELDS)
+_FIELDS = frozenset(field.name for field in fields(Issuance))
 
 
 def record(tx: Connection, claimed: Issuance, now: datetime, **values: Any) -> Issuance:

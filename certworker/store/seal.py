@@ -45,8 +45,7 @@ class Sealer:
         if not self.sealing or self._kek is None:
             return plain
         bound = _bound(table, column, row_id)
-        random = secrets.token_bytes(_KEY + 2 * _NONCE)
-        data_key, outer, inner = random[:_KEY], random[_KEY:-_NONCE], random[-_NONCE:]
+        data_key, outer, inner = secrets.token_bytes(_KEY), secrets.token_bytes(_NONCE), secrets.token_bytes(_NONCE)
         wrapped = AESGCM(self._kek).encrypt(outer, data_key, bound)
         sealed = AESGCM(data_key).encrypt(inner, plain.encode(), bound)
         return PREFIX + base64.urlsafe_b64encode(self._kek_id + outer + wrapped + inner + sealed).decode()

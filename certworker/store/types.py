@@ -39,7 +39,6 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeEngine
 
-_print = json.JSONEncoder(ensure_ascii=False).encode
 _SHOWN = 200
 """So much is left of a value that cannot be read."""
 
@@ -100,7 +99,7 @@ class TextArray(TypeDecorator[list[str]]):
     def process_bind_param(self, value: list[str] | None, dialect: Dialect) -> Any:
         if value is None:
             return None
-        return list(value) if dialect.name == "postgresql" else _print(list(value))
+        return list(value) if dialect.name == "postgresql" else json.dumps(list(value), ensure_ascii=False)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> list[str] | None:
         if value is None:
