@@ -180,16 +180,16 @@ def test_each_request_on_a_kept_connection_has_all_its_time(tls: tuple[Path, ssl
     """However little of theirs the ones before it had left."""
 
     def serve(peer: Peer) -> None:
-        for _ in range(4):
+        for _ in range(3):
             peer.read_request()
             peer.send(b"HTTP/1.1 200 OK\r\n")
-            peer.stop.wait(LIMIT.total_seconds() * 0.6)
+            peer.stop.wait(LIMIT.total_seconds() * 0.4)
             peer.send(b"Content-Length: 0\r\n\r\n")
 
     with serving(serve, tls[1]) as server, closing(Transport(tls[0], time_limit=LIMIT)) as transport:
-        statuses = [transport.request("GET", server.url).status for _ in range(4)]
+        statuses = [transport.request("GET", server.url).status for _ in range(3)]
 
-    assert (statuses, server.connections) == ([200] * 4, 1)
+    assert (statuses, server.connections) == ([200] * 3, 1)
 
 
 def test_a_silent_handshake_ends(tls: tuple[Path, ssl.SSLContext]) -> None:
