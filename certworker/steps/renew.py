@@ -20,7 +20,7 @@ from certworker.steps import scan
 from certworker.store import issuances, lineages, policies
 from certworker.store.database import Database
 from certworker.store.issuances import Issuance, Result
-from certworker.store.lineages import LeftOut, Lineage
+from certworker.store.lineages import LeftOut, Lineage, Planned
 
 _PAGE = 500
 
@@ -177,7 +177,7 @@ def _request_due(db: Database, clock: Clock, directory_url: str | None, *, force
 
 
 def _request(
-    db: Database, clock: Clock, found: list[Lineage], *, force: bool, dry_run: bool, named: bool = False
+    db: Database, clock: Clock, found: Sequence[Planned], *, force: bool, dry_run: bool, named: bool = False
 ) -> Request:
     now = clock()
     ids = [lineage.id for lineage in found]
@@ -227,7 +227,7 @@ class _Look:
         return decision.reason if isinstance(decision, Renew) else Reason.FORCED
 
 
-def _decide(lineage: Lineage, left_out: list[LeftOut], now: datetime, *, force: bool, named: bool) -> Decision:
+def _decide(lineage: Planned, left_out: list[LeftOut], now: datetime, *, force: bool, named: bool) -> Decision:
     """Decide as the scan does, but for what a person asked: all, or every name of a certificate that lacks some."""
     decision = scan.decide(lineage, left_out, now)
     if isinstance(decision, Renew):

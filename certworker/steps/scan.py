@@ -1,6 +1,6 @@
 """What is due becomes a queued issuance. Costs what is due, not what exists."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -10,7 +10,7 @@ from certworker.clock import Clock
 from certworker.core.renewal import Decision, Reason, Renew, Wait, decide_renewal, is_urgent
 from certworker.store import issuances, lineages, settings_kv
 from certworker.store.database import Database
-from certworker.store.lineages import LeftOut, Lineage
+from certworker.store.lineages import LeftOut, Planned
 
 _PAGE = 500
 LOOK_AGAIN = timedelta(hours=1)
@@ -53,12 +53,12 @@ def _scan_page(tx: Connection, now: datetime) -> ScanReport:
     return ScanReport(len(due), len(queued))
 
 
-def names_left_out(tx: Connection, found: list[Lineage]) -> dict[str, list[LeftOut]]:
+def names_left_out(tx: Connection, found: Sequence[Planned]) -> dict[str, list[LeftOut]]:
     """Return the names that these lineages have to try again, by lineage id."""
     return lineages.left_out_among(tx, [lineage.id for lineage in found if len(lineage.dns_names) > 1])
 
 
-def decide(lineage: Lineage, left_out: list[LeftOut], now: datetime) -> Decision:
+def decide(lineage: Planned, left_out: list[LeftOut], now: datetime) -> Decision:
     """Say whether a lineage is due: for its certificate's age, or for a name that it has to try again."""
     suggested = lineage.window_start is not None
     decision = decide_renewal(now, lineage.validity, lineage.renew_at, suggested=suggested)
@@ -68,7 +68,7 @@ def decide(lineage: Lineage, left_out: list[LeftOut], now: datetime) -> Decision
     return Renew(Reason.NAMES_MISSING) if probe_at <= now else Wait(min(decision.until, probe_at))
 
 
-def queue(tx: Connection, due: list[Lineage], reasons: Mapping[str, Reason], now: datetime) -> dict[str, str]:
+def queue(tx: Connection, due: Sequence[Planned], reasons: Mapping[str, Reason], now: datetime) -> dict[str, str]:
     """Queue an issuance for each of these lineages unless one is open; return those queued, by lineage id."""
     lineages.set_next_checks(tx, {lineage.id: now + LOOK_AGAIN for lineage in due}, now)
     urgent = {lineage.id for lineage in due if is_urgent(now, lineage.validity)}

@@ -58,12 +58,30 @@ class Issuer:
 
 
 @dataclass(frozen=True, slots=True)
-class Lineage:
-    """A row of `lineages`."""
+class Planned:
+    """What the scan reads of a row of `lineages`: it may read hundreds of thousands."""
 
     id: str
     dns_names: list[str]
     """Sorted A-labels; never changes."""
+    not_before: datetime | None
+    not_after: datetime | None
+    renew_at: datetime | None
+    window_start: datetime | None
+    """Of the CA's suggested window, that `renew_at` was drawn from; None: planned by lifetime."""
+
+    @property
+    def validity(self) -> Validity | None:
+        if self.not_before is None or self.not_after is None:
+            return None
+        return Validity(self.not_before, self.not_after)
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage(Planned):
+    """A row of `lineages`."""
+
+    window_end: datetime | None
     directory_url: str
     profile: str
     key_type: str
@@ -72,9 +90,6 @@ class Lineage:
     certificate_id: str | None
     issuance_id: str | None
     """The issuance that the certificate came from."""
-    not_before: datetime | None
-    not_after: datetime | None
-    renew_at: datetime | None
     next_check_at: datetime | None
     """When the scan looks at it; None while no policy wants it."""
     failures: int
@@ -84,15 +99,6 @@ class Lineage:
     """When every live node had proved that it serves the certificate."""
     renewal_id: str | None
     """What the CA calls the certificate in renewal information (RFC 9773 §4.1)."""
-    window_start: datetime | None
-    """The CA's suggested window, that `renew_at` was drawn from; None: planned by lifetime."""
-    window_end: datetime | None
-
-    @property
-    def validity(self) -> Validity | None:
-        if self.not_before is None or self.not_after is None:
-            return None
-        return Validity(self.not_before, self.not_after)
 
 
 def find(tx: Connection, lineage_id: str) -> Lineage | None:
@@ -194,14 +200,14 @@ def naming(tx: Connection, dns_name: str) -> list[Lineage]:
     return [to_value(Lineage, row) for row in tx.execute(query)]
 
 
-def list_wanted(tx: Connection, *, after: str = "", limit: int = 1000) -> list[Lineage]:
+def list_wanted(tx: Connection, *, after: str = "", limit: int = 1000) -> list[Planned]:
     """Return a page, by id, of the lineages that certificates are issued for."""
     query = (
-        select(*columns_of(Lineage, lineages)).where(policy_wants(lineages.c.id)).order_by(lineages.c.id).limit(limit)
+        select(*columns_of(Planned, lineages)).where(policy_wants(lineages.c.id)).order_by(lineages.c.id).limit(limit)
     )
     if after:
         query = query.where(lineages.c.id > after)
-    return [to_value(Lineage, row) for row in tx.execute(query)]
+    return [to_value(Planned, row) for row in tx.execute(query)]
 
 
 def of_policy(tx: Connection, policy_id: str) -> list[Lineage]:
@@ -279,19 +285,19 @@ def policy_ids_of(tx: Connection, lineage_ids: Iterable[str]) -> dict[str | None
     return found
 
 
-def due(tx: Connection, now: datetime, limit: int) -> list[Lineage]:
+def due(tx: Connection, now: datetime, limit: int) -> list[Planned]:
     """Return what the scan has to look at by `now`, longest due first. Costs what is due, not what exists."""
-    return [to_value(Lineage, row) for row in tx.execute(_LOCK_DUE, {"now": now, "limit": limit})]
+    return [to_value(Planned, row) for row in _LOCK_DUE.fetch(tx, now=now, limit=limit)]
 
 
-def peek_due(tx: Connection, now: datetime) -> list[Lineage]:
+def peek_due(tx: Connection, now: datetime) -> list[Planned]:
     """Return what the scan would look at by `now`, changing and locking nothing."""
-    return [to_value(Lineage, row) for row in tx.execute(_DUE, {"now": now})]
+    return [to_value(Planned, row) for row in tx.execute(_DUE, {"now": now})]
 
 
 _IS_DUE = lineages.c.next_check_at <= bindparam("now")
-_DUE = select(*columns_of(Lineage, lineages)).where(_IS_DUE).order_by(lineages.c.next_check_at)
-_LOCK_DUE = _DUE.limit(bindparam("limit")).with_for_update(skip_locked=True)
+_DUE = select(*columns_of(Planned, lineages)).where(_IS_DUE).order_by(lineages.c.next_check_at)
+_LOCK_DUE = Prepared(_DUE.limit(bindparam("limit")).with_for_update(skip_locked=True))
 
 
 def place(tx: Connection, ids: Iterable[str], now: datetime) -> list[str]:
