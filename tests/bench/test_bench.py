@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -16,7 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.bench import report, scale
-from tests.bench.contestants import ROOT
+from tests.bench.__main__ import DOCUMENT, SUITE, _parser
+from tests.bench.contestants import CONTESTANTS, ROOT
 from tests.bench.profile import share
 from tests.bench.race import Run, count_good, resident, tree, tree_cpu
 
@@ -124,6 +126,17 @@ def test_bulk_rows_are_as_certworker_leaves_them(tmp_path: Path, sqlite_template
         assert due.fetchone() == (scale.DUE,)
     connection.close()
     assert broken == []
+
+
+def test_the_suite_measures_every_table() -> None:
+    """What `make bench` does fills the marks of docs/performance.md, each of them, with contestants that there are."""
+    races = [_parser().parse_args(line.split()) for line in SUITE if line.startswith("race ")]
+    others = {line.split()[0] for line in SUITE} - {"race"}
+    marks = re.findall(r"<!-- bench: (\w+) -->", DOCUMENT.read_text())
+
+    assert others == {"count", "scale"}
+    assert sorted(marks) == sorted(["machine", "counts", "scale", *(race.name for race in races)])
+    assert {word.partition(":")[0] for race in races for word in race.contestants} <= CONTESTANTS.keys()
 
 
 def test_lock_names_no_index() -> None:
