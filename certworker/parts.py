@@ -21,22 +21,18 @@ from certworker.steps.register import Accounts, Registration
 from certworker.steps.session import Bench, Session
 from certworker.store import challenges
 from certworker.store.journal import Journal
+from certworker.store.listen import Listener
 from certworker.wiring import App
 
 if TYPE_CHECKING:
     from certworker.api.node import NodeApi
     from certworker.node.agent import Agent
     from certworker.resolver import Addresses
-    from certworker.store.listen import Listener
 
 
-def make_listener(app: App, on_notice: Callable[[str], object]) -> "Listener | None":
+def make_listener(app: App, on_notice: Callable[[str], object]) -> Listener | None:
     """Return what hears of new rows, not started; an embedded database has one worker, which knows."""
-    if app.db.embedded:
-        return None
-    from certworker.store.listen import Listener  # psycopg is slow to import, and SQLite does not need it
-
-    return Listener(app.settings.database_url, on_notice)
+    return None if app.db.embedded else Listener(app.settings.database_url, on_notice)
 
 
 def make_accounts(app: App) -> Accounts:

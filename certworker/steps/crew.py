@@ -249,9 +249,10 @@ class Crew:
             self._ask_gate(now)
             room = self._admitted(room)
             if room > 0:
-                self._take(now, room, taken)
+                upcoming = self._take(now, room, taken)
                 plenty = len(taken) == room
-                claim_at = now + _GATHER if plenty else min(claim_at, self._next_attempt_at(now) or claim_at)
+                if upcoming is not None:
+                    claim_at = min(claim_at, max(upcoming, now + _GATHER))
         except Exception:
             # Whether the claim was committed shows when the database is back.
             for session in taken.values():
@@ -289,12 +290,15 @@ class Crew:
         admitted = self._bench.gate.admits()
         return 0 if isinstance(admitted, datetime) else min(room, admitted - self.in_flight)
 
-    def _take(self, now: datetime, room: int, taken: dict[str, Session]) -> None:
-        """Claim up to `room` issuances; `taken` gets by id what may have become ours, also when this fails."""
+    def _take(self, now: datetime, room: int, taken: dict[str, Session]) -> datetime | None:
+        """Claim up to `room` issuances and return when the next one is due, after these.
+
+        `taken` gets by id what may have become ours, also when this fails.
+        """
         kept_at, directory_url = time.monotonic(), self._bench.accounts.directory_url
         only = None if self._only is None else list(self._only)
 
-        def claim(tx: Transaction) -> None:
+        def claim(tx: Transaction) -> datetime | None:
             # When this is run again, nobody knows whether it was committed before.
             for session in taken.values():
                 session.unsure = True
@@ -302,8 +306,10 @@ class Crew:
             for session in open_sessions(tx, claimed):
                 session.kept_at = kept_at
                 taken[session.issuance.id] = session
+            # There may be as many again that are due, which a full hand need not ask for.
+            return now if len(claimed) == room else issuances.next_attempt_at(tx, only, directory_url)
 
-        self._bench.db.write(claim)
+        upcoming = self._bench.db.write(claim)
         for session in self._too_many_suspects(taken.values()):
             with suppress(LeaseLost):
                 give_back(self._bench, session, now + self._poll)
@@ -311,6 +317,7 @@ class Crew:
         if self._only is not None:
             for issuance_id in taken:
                 self._only.pop(issuance_id, None)
+        return upcoming
 
     def _too_many_suspects(self, taken: Iterable[Session]) -> list[Session]:
         """Return which of these must not be worked on beside another suspect."""
@@ -318,12 +325,6 @@ class Crew:
             in_hand = any(map(_is_suspect, self._in_hand()))
         suspects = [session for session in taken if _is_suspect(session)]
         return suspects if in_hand else suspects[1:]
-
-    def _next_attempt_at(self, now: datetime) -> datetime | None:
-        directory_url = self._bench.accounts.directory_url
-        only = None if self._only is None else list(self._only)
-        upcoming = self._bench.db.read(lambda tx: issuances.next_attempt_at(tx, only, directory_url))
-        return None if upcoming is None else max(upcoming, now + _GATHER)
 
     def _move(self, session: Session) -> None:
         """Move one session until it waits or ends."""

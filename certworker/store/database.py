@@ -67,6 +67,7 @@ _CONNECT = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15000,
 }
+_SNAPSHOT = "REPEATABLE READ"
 _HURRIED_SESSION = {**_SESSION, "statement_timeout": "5s", "lock_timeout": "2s"}
 _HURRIED_CONNECT = {**_CONNECT, "connect_timeout": 5, "tcp_user_timeout": 5000}
 
@@ -123,7 +124,7 @@ class Database:
 
     def _write_once(self, fn: Callable[[Connection], T], *, at_one_moment: bool = False) -> T:
         if self._writer is None:
-            with self._connect(at_one_moment=at_one_moment) as connection, connection.begin():
+            with self._connect(_SNAPSHOT if at_one_moment else None) as connection, connection.begin():
                 return fn(connection)
         with self._writer:
             if self._kept is None:
@@ -141,18 +142,22 @@ class Database:
             kept.close()
 
     def read(self, fn: Callable[[Connection], T], *, at_one_moment: bool = False) -> T:
-        """Run `fn` in one read transaction: all its statements see the same moment on SQLite, and if asked to."""
+        """Run `fn`, which only reads; all its statements see the same moment on SQLite, and with `at_one_moment`.
+
+        On PostgreSQL each is a transaction of its own otherwise, so that nothing has to be begun and ended around it.
+        """
         return _persist("read from", lambda: self._read_once(fn, at_one_moment=at_one_moment))
 
     def _read_once(self, fn: Callable[[Connection], T], *, at_one_moment: bool = False) -> T:
-        with self._connect(at_one_moment=at_one_moment) as connection, connection.begin():
+        with self._connect(_SNAPSHOT if at_one_moment else "AUTOCOMMIT") as connection, connection.begin():
             return fn(connection)
 
-    def _connect(self, *, at_one_moment: bool) -> Connection:
+    def _connect(self, isolation_level: str | None) -> Connection:
+        """Return a connection of this isolation level; None is that of `_SESSION`, and SQLite has but one."""
         connection = self._engine.connect()
-        if at_one_moment and not self.embedded:
-            connection = connection.execution_options(isolation_level="REPEATABLE READ")
-        return connection
+        if isolation_level is None or self.embedded:
+            return connection
+        return connection.execution_options(isolation_level=isolation_level)
 
     def now(self) -> datetime:
         """Return the database's present time."""

@@ -10,11 +10,12 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterable
-
-import psycopg
-from psycopg import Connection
+from typing import TYPE_CHECKING
 
 from certworker.store.database import driver_arguments, first_line
+
+if TYPE_CHECKING:
+    from psycopg import Connection
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Listener:
             self._woken.close()
 
     def _run(self) -> None:
+        import psycopg  # 9 MiB that a worker on SQLite does without
+
         wait = _FIRST_WAIT
         while not self._stopping.is_set():
             try:
@@ -80,7 +83,7 @@ class Listener:
             _log.warning("listener.lost", extra={"error": first_line(error)})
         self._lost = True
 
-    def _listen(self, connection: Connection) -> None:
+    def _listen(self, connection: "Connection") -> None:
         poll = select.poll()
         for end in (connection, self._woken):
             poll.register(end, select.POLLIN)

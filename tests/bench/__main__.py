@@ -29,6 +29,7 @@ SUITE = (
     "race minimal:256 certworker-256:256 caddy-free:256 --retry-after 3 5 --name waiting --rounds 2",
     "race certworker-run-pg:1000 certworker-run-pg-4:1000 --name workers --rounds 3",
     "race certworker-run-pg:400 certworker-run-pg-4:1600 --delay 0.1 --name far --rounds 1",
+    "race certworker-run-pg:200 certworker-run-pg-4:800 --delay 0.3 --name farther --rounds 1",
     "race minimal certworker:200 --delay 0.1 --name delay --rounds 1",
     "count 200",
     "scale 10000 100000 1000000",

@@ -26,6 +26,7 @@ ASK = 15.0
 QUIET = 45.0
 """... and after which a run is given up in any case: before Caddy's 60 s, when it tries again what failed."""
 LOOK = 0.02
+"""Seconds between two looks at whether a program that runs on has done all, at least; a hundredth of a long run."""
 TRIES = 4
 """Runs of one contestant in one round, at most: Pebble deadlocks, and its DNS stand-in refuses when hundreds ask."""
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -155,7 +156,7 @@ def _await_end(process: subprocess.Popen[bytes], job: Job, ca: Pebble, began: fl
             os.killpg(process.pid, signal.SIGKILL if fault else signal.SIGTERM)
             _, process.returncode, usage = os.wait4(process.pid, 0)
             return fault, usage, seconds
-        time.sleep(LOOK)
+        time.sleep(max(LOOK, seconds / 100))
 
 
 def _stall(ca: Pebble, seconds: float) -> str:

@@ -1,7 +1,7 @@
 """The threads that work on issuances: many at once, waits that hold no thread, a stop that loses nothing."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -130,7 +130,7 @@ def test_waiting_holds_no_thread(world: World) -> None:
     world.take_over()
 
     with working(world, concurrency=64) as crew:
-        until(lambda: states(world) == ["finalizing"] * 20)
+        until(lambda: [order.status for order in world.ca.orders.values()] == ["processing"] * 20)
         world.ca.processing_looks = 1
         world.add_policy("quick.test")
         world.ca.retry_after = None
@@ -144,17 +144,16 @@ def test_what_is_queued_during_a_claim_is_claimed_next(world: World, monkeypatch
     """It may have come too late for the one under way, and nobody will say so again."""
     real_time(world)
     crew = Crew(world.bench(), world.worker, 2, poll=timedelta(hours=1))
-    look = Crew._next_attempt_at
+    look_through = Crew._too_many_suspects
 
-    def look_and_be_poked(self: Crew, now: datetime) -> datetime | None:
-        found = look(self, now)
+    def be_poked(self: Crew, taken: Iterable[Session]) -> list[Session]:
         if not states(world):
             world.add_policy("late.test")
             world.take_over()
             crew.poke()
-        return found
+        return look_through(self, taken)
 
-    monkeypatch.setattr(Crew, "_next_attempt_at", look_and_be_poked)
+    monkeypatch.setattr(Crew, "_too_many_suspects", be_poked)
     crew.start()
     try:
         until(lambda: states(world) == ["done"])

@@ -97,4 +97,4 @@ def _plan(world: World, statement: str, values: Any) -> str:
             tx.exec_driver_sql("SET LOCAL enable_seqscan = off")  # or it would read a small table whole
         return "\n".join(str(row[-1]) for row in tx.exec_driver_sql(word + statement, values))
 
-    return world.db.read(explain)
+    return world.db.write(explain)

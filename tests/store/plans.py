@@ -31,7 +31,7 @@ def explain(db: Database, fn: Callable[[Connection], Any], verb: str = "SELECT",
             tx.exec_driver_sql("SET LOCAL enable_seqscan = off")
         return "\n".join(str(row[-1]) for row in tx.exec_driver_sql(word + statement, values))
 
-    return db.read(run)
+    return db.write(run)
 
 
 @contextmanager

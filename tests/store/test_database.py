@@ -85,6 +85,19 @@ def test_one_moment_can_be_asked_for(db: Database, twin: Database, act: str) -> 
         assert db.read(look) == ["old", "v"]
 
 
+def test_a_read_holds_nothing_between_its_statements(postgresql_db: Database) -> None:
+    """Not on PostgreSQL, where each is a transaction of its own: what is stopped would hold up a migration."""
+    state = text("SELECT state FROM pg_stat_activity WHERE pid = :pid")
+
+    def look(tx: Connection) -> str:
+        pid = tx.scalar(text("SELECT pg_backend_pid()"))
+        with postgresql_db.engine.connect() as other:
+            return str(other.scalar(state, {"pid": pid}))
+
+    assert postgresql_db.read(look) == "idle"
+    assert postgresql_db.read(look, at_one_moment=True) == postgresql_db.write(look) == "idle in transaction"
+
+
 def test_an_epoch_is_never_given_twice(db: Database) -> None:
     """Not by restoring one backup twice, and not by a clock that stands still or was put back."""
 
