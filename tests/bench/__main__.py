@@ -27,7 +27,7 @@ SUITE = (
     "race certworker:10000 --name n10000 --rounds 1",
     "race minimal certworker caddy certbot-4 lego-32 acme-16 --name peers --rounds 1",
     "race minimal:256 certworker-256:256 caddy-free:256 --retry-after 3 5 --name waiting --rounds 2",
-    "race certworker-run-pg:1000 certworker-run-pg-4:1000 --name workers --rounds 3",
+    "race certworker-run-pg:3000 certworker-run-pg-4:3000 --name workers --rounds 3",
     "race certworker-run-pg:400 certworker-run-pg-4:1600 --delay 0.1 --name far --rounds 1",
     "race certworker-run-pg:200 certworker-run-pg-4:800 --delay 0.3 --name farther --rounds 1",
     "race minimal certworker:200 --delay 0.1 --name delay --rounds 1",
